@@ -1,0 +1,1 @@
+"""Runs Diffusers pipelines on one device, as the supervisor's child process."""
