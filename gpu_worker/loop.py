@@ -1,0 +1,104 @@
+"""Messages in, calls of the runner out. Knows no torch, and no more of the work than its names.
+
+The thread that receives does nothing else, so a Cancel, a Shutdown or the end of
+the pipe is seen at once, whatever the device is busy with.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol, assert_never
+
+from ipc.channel import BlockingChannel, PeerGone, ProtocolError
+from ipc.messages import (
+    PROTOCOL_VERSION,
+    Cancel,
+    Fatal,
+    FromWorker,
+    Generate,
+    Load,
+    Shutdown,
+    Start,
+    ToWorker,
+    Unload,
+)
+
+EXIT_FATAL = 70
+EXIT_PROTOCOL = 76
+
+Channel = BlockingChannel[FromWorker, ToWorker]
+Send = Callable[[FromWorker], None]
+Work = Generate | Load | Unload
+
+
+class Runner(Protocol):
+    """Does the work. It has sent Ready and Residency when it is made, and sends answers itself."""
+
+    def submit(self, work: Work) -> None:
+        """Take a job on; returns at once."""
+
+    def cancel(self, job: str) -> None:
+        """End a job at its next step; nothing happens where there is no such job."""
+
+
+MakeRunner = Callable[[Start, Send], Runner]
+
+
+def serve(channel: Channel, make_runner: MakeRunner) -> int:
+    """Runs until Shutdown, the end of the pipe or a broken frame. Returns the exit code."""
+    try:
+        start = channel.receive()
+        problem = refusal(start)
+        if problem is not None:
+            channel.send(Fatal(reason="protocol", detail=problem))
+            return EXIT_PROTOCOL
+        assert isinstance(start, Start)
+        return _serve(channel, make_runner(start, sender(channel)))
+    except PeerGone:
+        return 0
+    except ProtocolError as error:
+        print(f"the worker stops: {error}", file=sys.stderr)
+        return EXIT_PROTOCOL
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(Fatal(reason="start", detail=f"cannot start: {type(error).__name__}"))
+        return EXIT_FATAL
+
+
+def refusal(first: ToWorker) -> str | None:
+    """Why a first message cannot be worked with, or None."""
+    if not isinstance(first, Start):
+        return f"cannot begin with a {type(first).__name__}: the first message is Start"
+    if first.protocol != PROTOCOL_VERSION:
+        return f"cannot speak protocol {first.protocol}: this worker speaks {PROTOCOL_VERSION}"
+    return None
+
+
+def sender(channel: Channel) -> Send:
+    """A send for the runner's threads: without a supervisor there is nothing left to do."""
+
+    def send(message: FromWorker) -> None:
+        try:
+            channel.send(message)
+        except PeerGone:
+            os._exit(0)
+
+    return send
+
+
+def _serve(channel: Channel, runner: Runner) -> int:
+    while True:
+        message: Any = channel.receive()
+        received: ToWorker = message
+        match received:
+            case Generate() | Load() | Unload():
+                runner.submit(received)
+            case Cancel():
+                runner.cancel(received.job)
+            case Shutdown():
+                return 0
+            case Start():
+                raise ProtocolError("cannot start twice")
+            case _:
+                assert_never(received)
