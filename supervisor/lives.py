@@ -1,0 +1,146 @@
+"""The lives of a fleet's worker processes: spawn, feed, listen, reap, and again.
+
+Knows when things happen and tells the fleet; decides nothing itself.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import anyio
+import anyio.abc
+from anyio.streams.memory import MemoryObjectReceiveStream
+
+from ipc import messages
+from ipc.channel import Codec, PeerGone, ProtocolError
+from supervisor.fleet import Fleet
+from supervisor.states import WorkerState
+from supervisor.worker import Worker
+from supervisor.worker_process import COMMAND, WorkerProcess
+
+log = logging.getLogger(__name__)
+worker_log = logging.getLogger("worker")
+
+TICK_SECONDS = 0.1
+FRAME_SECONDS = 30.0
+"""A frame that has begun must be whole within this time."""
+LAST_WORDS_SECONDS = 1.0
+SECRET_VARIABLES = frozenset({"API_KEY", "HF_TOKEN", "WEBHOOK_SECRET", "WEBHOOK_AUTH_VALUE"})
+
+Begin = Callable[[Worker], messages.Start]
+
+
+class Lives:
+    """Keeps one process per worker of the fleet alive until the worker is stopped."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        begin: Begin,
+        command: Sequence[str] = COMMAND,
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._fleet = fleet
+        self._begin = begin
+        self._command = command
+        self._environ = environ
+        self._codec: Codec[messages.ToWorker, messages.FromWorker] = Codec(messages.FromWorker)
+
+    async def run(self) -> None:
+        """Returns when every worker is stopped."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._tick)
+            async with anyio.create_task_group() as workers:
+                for worker in self._fleet.workers.values():
+                    workers.start_soon(self._live, worker)
+            group.cancel_scope.cancel()
+
+    async def _tick(self) -> None:
+        while True:
+            await anyio.sleep(TICK_SECONDS)
+            try:
+                self._fleet.ticked()
+            except Exception:  # a defect must not take every worker with it
+                log.exception("cannot look after the workers")
+
+    async def _live(self, worker: Worker) -> None:
+        while worker.state is not WorkerState.STOPPED:
+            if worker.state is WorkerState.STARTING:
+                await self._one_life(worker)
+            else:  # between two lives; the fleet's next tick may end the wait
+                await anyio.sleep(TICK_SECONDS)
+
+    async def _one_life(self, worker: Worker) -> None:
+        environ = environment(worker.device, self._environ)
+        process = await WorkerProcess.spawn(environ, self._codec, self._command)
+        outgoing, queue = anyio.create_memory_object_stream[Any](float("inf"))
+        self._fleet.worker_spawned(worker, process, outgoing.send_nowait)
+        outgoing.send_nowait(self._begin(worker))
+        try:
+            async with anyio.create_task_group() as group:
+                heard = anyio.Event()
+                group.start_soon(self._print, worker, process)
+                group.start_soon(self._send, process, queue)
+                group.start_soon(self._receive, worker, process, heard)
+                exit = await process.wait()
+                with anyio.move_on_after(LAST_WORDS_SECONDS):
+                    await heard.wait()
+                group.cancel_scope.cancel()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            outgoing.close()
+            queue.close()
+            process.close()
+        self._fleet.worker_exited(worker, exit)
+
+    async def _print(self, worker: Worker, process: WorkerProcess) -> None:
+        async for line in process.lines():
+            worker_log.info(line, extra={"worker": worker.id})
+
+    async def _send(self, process: WorkerProcess, queue: MemoryObjectReceiveStream[Any]) -> None:
+        try:
+            async for message in queue:
+                await process.channel.send(message)
+        except PeerGone:
+            pass  # the receiver finds out and says so
+
+    async def _receive(self, worker: Worker, process: WorkerProcess, heard: anyio.Event) -> None:
+        """Passes messages on until the worker's end is closed or talks nonsense."""
+        try:
+            while True:
+                self._fleet.received(worker, await _next_message(process))
+        except PeerGone:
+            heard.set()
+            await anyio.sleep(LAST_WORDS_SECONDS)  # an exit is the better explanation
+            self._fleet.protocol_broken(worker, "closed its pipe and lives on")
+        except ProtocolError as error:
+            heard.set()
+            log.warning("broken frame", extra={"worker": worker.id, "reason": str(error)})
+            self._fleet.protocol_broken(worker, f"broke the protocol: {error}")
+        except TimeoutError:
+            heard.set()
+            self._fleet.protocol_broken(worker, "stopped within a frame")
+
+
+async def _next_message(process: WorkerProcess) -> messages.FromWorker:
+    length = await process.channel.receive_length()
+    with anyio.fail_after(FRAME_SECONDS):
+        return await process.channel.receive_payload(length)
+
+
+def environment(device: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """A worker's environment: it sees one device, no secret, and never the network."""
+    index = device.partition(":")[2]
+    visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    listed = bool(index) and visible != [""] and int(index) < len(visible)
+    return {
+        **{name: value for name, value in environ.items() if name not in SECRET_VARIABLES},
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": visible[int(index)] if listed else index,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }

@@ -1,0 +1,65 @@
+"""Problems as HTTP answers: RFC 9457 bodies, and OpenAI's form under /v1."""
+
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from supervisor.errors import Problem
+
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large",
+         415: "unsupported_media_type"}  # fmt: skip
+
+
+def problem_response(problem: Problem, scope: Scope) -> Response:
+    """The answer that a problem stands for, in the form of the path that was asked."""
+    if scope.get("path", "").startswith("/v1/"):
+        response = _openai_response(problem)
+    else:
+        request_id = scope.get("state", {}).get("request_id", "")
+        body = msgspec.json.encode(problem_body(problem, request_id))
+        response = Response(body, problem.status, media_type="application/problem+json")
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(problem.retry_after)
+    return response
+
+
+def problem_body(problem: Problem, request_id: str) -> dict[str, Any]:
+    body = {
+        "type": f"urn:igi:error:{problem.code}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "code": problem.code,
+        "request_id": request_id,
+    }
+    if problem.field:
+        body["field"] = problem.field
+    return body | problem.extra
+
+
+def _openai_response(problem: Problem) -> Response:
+    status = 400 if problem.status == 422 else problem.status
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    param = (problem.field or "").removeprefix("parameters.") or None
+    error = {"message": problem.detail, "type": kind, "param": param, "code": problem.code}
+    body = msgspec.json.encode({"error": error})
+    return Response(body, status, media_type="application/json")
+
+
+async def on_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return problem_response(error, request.scope)
+
+
+async def on_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own answers, such as to an unknown path, in our form."""
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code, "invalid_request")
+    detail = f"cannot {request.method} {request.url.path[:200]}: {error.detail.lower()}"
+    response = problem_response(Problem(code, detail), request.scope)
+    response.headers.update(error.headers or {})
+    return response

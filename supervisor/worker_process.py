@@ -1,0 +1,136 @@
+"""Spawns, signals and reaps ONE child process; the only user of subprocesses.
+
+The child leads a session of its own, so that a signal to its group reaches
+whatever it started. What it prints is drained line by line into the log.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import msgspec
+
+from ipc.channel import AsyncChannel, Codec
+from ipc.messages import FromWorker, ToWorker
+
+COMMAND = (sys.executable, "-m", "gpu_worker")
+LAST_LINES = 20
+MAX_LINE_BYTES = 4000
+PIPE_BYTES = 2**20
+
+
+class Exit(msgspec.Struct, frozen=True):
+    """How a process ended: `code` is negative for a signal, as in the standard library."""
+
+    code: int
+    lines: tuple[str, ...] = ()
+
+    def in_words(self) -> str:
+        if self.code >= 0:
+            return f"exited with code {self.code}"
+        try:
+            return f"was ended by {signal.Signals(-self.code).name}"
+        except ValueError:
+            return f"was ended by signal {-self.code}"
+
+
+class WorkerProcess:
+    """A child that lives, its channel and its last lines of output."""
+
+    def __init__(
+        self, process: anyio.abc.Process, channel: AsyncChannel[ToWorker, FromWorker]
+    ) -> None:
+        self._process = process
+        self.channel = channel
+        self.pid = process.pid
+        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
+
+    @classmethod
+    async def spawn(
+        cls,
+        environ: Mapping[str, str],
+        codec: Codec[ToWorker, FromWorker],
+        command: Sequence[str] = COMMAND,
+    ) -> "WorkerProcess":
+        """Called on the main thread: parent-death signals follow the spawning thread."""
+        child_reads, we_write = os.pipe()
+        we_read, child_writes = os.pipe()
+        with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
+            _enlarge(we_write)
+            _enlarge(we_read)
+        channel = AsyncChannel(
+            we_read,
+            we_write,
+            codec,
+            wait_readable=anyio.wait_readable,
+            wait_writable=anyio.wait_writable,
+            pause=anyio.lowlevel.checkpoint,
+        )
+        descriptors = ("--read-fd", str(child_reads), "--write-fd", str(child_writes))
+        try:
+            process = await anyio.open_process(
+                [*command, *descriptors, "--parent", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=dict(environ),
+                start_new_session=True,
+                pass_fds=(child_reads, child_writes),
+            )
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            os.close(child_reads)
+            os.close(child_writes)
+        return cls(process, channel)
+
+    async def lines(self) -> AsyncIterator[str]:
+        """What the child prints, until it closes its output."""
+        assert self._process.stdout is not None
+        rest = b""
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
+            async for chunk in self._process.stdout:
+                *whole, rest = (rest + chunk).split(b"\n")
+                if len(rest) > MAX_LINE_BYTES:
+                    whole, rest = [*whole, rest], b""
+                for line in whole:
+                    yield self._remembered(line)
+        if rest:
+            yield self._remembered(rest)
+
+    def _remembered(self, line: bytes) -> str:
+        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
+        self._last_lines.append(text)
+        return text
+
+    def terminate(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    async def wait(self) -> Exit:
+        """Waits for the process to be reaped, then ends what is left of its group."""
+        code = await self._process.wait()
+        self.kill()
+        return Exit(code, tuple(self._last_lines))
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+def _enlarge(descriptor: int) -> None:
+    fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
