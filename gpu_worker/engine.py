@@ -1,0 +1,270 @@
+"""The engine: runs many unmodified pipeline calls at once and batches their modules' calls.
+
+Each task's body runs in a greenlet. Where a pipeline calls an adopted module, the
+body is parked; once all bodies are parked or done, the calls whose turn it is run
+as one forward and their bodies go on. So tasks join, leave and are cancelled between
+steps. All of it happens on one thread; knows nothing of messages or checkpoints.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from gpu_worker.batching import Layout
+from gpu_worker.forwards import Call, Forwards, Outcome
+from gpu_worker.interposer import Target, interpose
+from gpu_worker.turns import choose_calls, choose_task
+
+MAX_RUNNING = 16
+HELPER_THREADS = 4
+
+Result = TypeVar("Result")
+
+
+class Withdrawn(BaseException):
+    """Raised in a cancelled task's body where it is parked. No pipeline catches it."""
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(eq=False)
+class Task:
+    """One picture: a body that is called once, and exactly one of three callbacks at its end.
+
+    `deterministic` shares no forward with others; `alone` shares no time with others
+    either. Tasks that claim one resource in different states never run together.
+    """
+
+    job: Hashable
+    body: Callable[[], Any]
+    finished: Callable[[Any], None] = _nothing
+    failed: Callable[[Exception], None] = _nothing
+    cancelled: Callable[[], None] = _nothing
+    priority: int = 0
+    deterministic: bool = False
+    alone: bool = False
+    claims: Mapping[Hashable, Hashable] = field(default_factory=dict)
+    memory_fallback: str | None = None
+    """Set by the engine: the rung of the out-of-memory ladder that was needed last."""
+    order: int = 0
+    passed_over: int = 0
+
+
+class Body(greenlet):
+    """A task that has begun. While it waits it holds either a call or a helper's future."""
+
+    def __init__(self, task: Task) -> None:
+        self._engine = getcurrent()
+        super().__init__(parent=self._engine)
+        self.task = task
+        self.call: Call | None = None
+        self.helper: Future[Any] | None = None
+        self.failure: Exception | None = None
+        self.withdrawn = False
+        self.order = 0
+        self.passed_over = 0
+
+    def run(self) -> Any:
+        # An exception that left a greenlet would rise in whoever resumed it.
+        try:
+            return self.task.body()
+        except Withdrawn:
+            return None
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def park(self) -> Any:
+        """Gives the thread back to the engine until the body's wish is fulfilled."""
+        return self._engine.switch()
+
+    @property
+    def priority(self) -> int:
+        return self.task.priority
+
+    @property
+    def key(self) -> Hashable:
+        return self if self.task.deterministic or self.call is None else self.call.key
+
+    @property
+    def rows(self) -> int:
+        return 0 if self.call is None else self.call.rows
+
+
+class Engine:
+    """All methods are called on one thread. `wake` is called on any thread when there
+    is something to do again after a round that did nothing."""
+
+    def __init__(
+        self,
+        forwards: Forwards | None = None,
+        max_running: int = MAX_RUNNING,
+        wake: Callable[[], None] = _nothing,
+    ) -> None:
+        self._forwards = forwards or Forwards()
+        self._max_running = max_running
+        self._wake = wake
+        self._orders = itertools.count()
+        self._waiting: list[Task] = []
+        self._bodies: list[Body] = []
+        self._cancelled: set[Hashable] = set()
+        self._helpers: Executor = ThreadPoolExecutor(HELPER_THREADS, "helper")
+
+    def adopt(self, module: torch.nn.Module, method: str, layout: Layout | None = None) -> None:
+        """From now on the method's calls in bodies are batched. Asked again, does nothing."""
+        interpose(module, method, self._receive, layout)
+
+    def submit(self, task: Task) -> None:
+        task.order = next(self._orders)
+        self._waiting.append(task)
+
+    def cancel(self, job: Hashable) -> None:
+        """The job's tasks end in the next round, wherever they are."""
+        self._cancelled.add(job)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any task has not ended."""
+        return bool(self._waiting or self._bodies)
+
+    def round(self) -> bool:
+        """Ends what is cancelled, begins what may begin, runs one forward.
+
+        False if there was nothing to do, for now or at all.
+        """
+        # Gradients are off around the whole round: greenlets interleave the pipelines'
+        # own no_grad blocks, whose saved state is thread-wide.
+        with torch.no_grad():
+            return any([self._sweep(), self._begin(), self._go_on(), self._step()])
+
+    def run_until_idle(self) -> None:
+        """Returns when every task has ended."""
+        while self.busy:
+            helpers = [body.helper for body in self._bodies if body.helper is not None]
+            if not self.round() and helpers:
+                wait(helpers, return_when=FIRST_COMPLETED)
+
+    def apart(self, function: Callable[[], Result]) -> Result:
+        """Called in a body: runs the function on a helper thread while others go on.
+
+        A cancelled task does not wait for its end. Outside of a body, just calls it.
+        """
+        body = getcurrent()
+        if not isinstance(body, Body):
+            return function()
+        helper = self._helpers.submit(function)
+        helper.add_done_callback(lambda _: self._wake())
+        body.helper = helper
+        body.park()
+        body.helper = None
+        return helper.result()
+
+    def close(self) -> None:
+        """Cancels everything and lets the helper threads end."""
+        for job in {task.job for task in self._tasks()}:
+            self.cancel(job)
+        with torch.no_grad():
+            self._sweep()
+        self._helpers.shutdown(wait=False, cancel_futures=True)
+
+    def _tasks(self) -> list[Task]:
+        return [*self._waiting, *(body.task for body in self._bodies)]
+
+    def _receive(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What an adopted method does: inside a body it parks, elsewhere it just runs."""
+        body = getcurrent()
+        if not isinstance(body, Body):
+            return target.run(*args, **kwargs)
+        body.call = Call.of(target, args, kwargs)
+        body.order, body.passed_over = next(self._orders), 0
+        return body.park()
+
+    def _sweep(self) -> bool:
+        gone, self._cancelled = self._cancelled, set()
+        if not gone:
+            return False
+        waiting = [task for task in self._waiting if task.job in gone]
+        self._waiting = [task for task in self._waiting if task.job not in gone]
+        for task in waiting:
+            task.cancelled()
+        bodies = [body for body in self._bodies if body.task.job in gone]
+        for body in bodies:
+            self._withdraw(body)
+        return bool(waiting or bodies)
+
+    def _withdraw(self, body: Body) -> None:
+        body.withdrawn = True
+        # A body may call its modules while it unwinds; it is not let.
+        while not body.dead:
+            body.call = body.helper = None
+            body.throw(Withdrawn())
+        self._settle(body, None)
+
+    def _begin(self) -> bool:
+        begun = False
+        while task := self._next_task():
+            self._waiting.remove(task)
+            for other in self._waiting:
+                other.passed_over += other.order < task.order
+            body = Body(task)
+            self._bodies.append(body)
+            self._settle(body, body.switch())
+            begun = True
+        return begun
+
+    def _next_task(self) -> Task | None:
+        running = [body.task for body in self._bodies]
+        return choose_task(self._waiting, running, self._max_running)
+
+    def _go_on(self) -> bool:
+        """Resumes the bodies whose helper is done."""
+        ready = [b for b in self._bodies if b.helper is not None and b.helper.done()]
+        for body in ready:
+            self._settle(body, body.switch())
+        return bool(ready)
+
+    def _step(self) -> bool:
+        """Runs the forward whose turn it is and resumes its bodies."""
+        parked = [body for body in self._bodies if body.call is not None]
+        chosen = choose_calls(parked, self._max_rows)
+        for body in parked:
+            body.passed_over += body not in chosen
+        calls = [body.call for body in chosen if body.call is not None]
+        outcomes = self._forwards.run(calls) if calls else []
+        for body, outcome in zip(chosen, outcomes, strict=True):
+            self._resume(body, outcome)
+        return bool(chosen)
+
+    def _max_rows(self, body: Body) -> int:
+        return 0 if body.call is None else self._forwards.max_rows(body.call)
+
+    def _resume(self, body: Body, outcome: Outcome) -> None:
+        body.call = None
+        body.task.memory_fallback = outcome.memory_fallback or body.task.memory_fallback
+        if outcome.error is not None:
+            self._settle(body, body.throw(outcome.error))
+        else:
+            self._settle(body, body.switch(outcome.value))
+
+    def _settle(self, body: Body, result: Any) -> None:
+        """After a body gave the thread back: does nothing if it is parked, else ends its task."""
+        if not body.dead:
+            return
+        self._bodies.remove(body)
+        if not self._bodies:
+            self._forwards.limits.forget_refusals()
+        # The error's frames hold the body: one reference less, and no cycle keeps its tensors.
+        failure, body.failure = body.failure, None
+        if body.withdrawn:
+            body.task.cancelled()
+        elif failure is not None:
+            body.task.failed(failure)
+        else:
+            body.task.finished(result)
