@@ -1,0 +1,68 @@
+"""A job's own scheduler, built from the checkpoint's and what the request wants.
+
+Always a new instance: schedulers keep state, and jobs of one checkpoint run side by
+side. The checkpoint's configuration is the base, so v-prediction, zero terminal SNR
+and timestep spacing stay as it says unless the request's settings say otherwise.
+"""
+
+import inspect
+from typing import Any
+
+import diffusers
+
+from ipc.messages import Scheduler
+
+
+class SchedulerError(ValueError):
+    """The scheduler that the request wants cannot be used with its checkpoint."""
+
+    code = "invalid_request"
+    field = "scheduler"
+
+
+def build(own: Any, wanted: Scheduler | None, seed: int) -> Any:
+    """A fresh scheduler for one call of a pipeline.
+
+    `own` is the checkpoint's scheduler; it is not changed. The noise of a stochastic
+    scheduler comes from the generator that the pipeline hands it, or from `seed` where
+    it draws its noise itself (DPMSolverSDEScheduler, which else uses the global
+    generator). Raises SchedulerError.
+    """
+    kind = type(own) if wanted is None else compatible_class(own, wanted.class_name)
+    settings = dict(wanted.settings) if wanted is not None else {}
+    accepted = inspect.signature(kind.__init__).parameters
+    strange = sorted(set(settings) - set(accepted))
+    if strange:
+        raise SchedulerError(f"cannot set {', '.join(strange)} of {kind.__name__}")
+    if "noise_sampler_seed" in accepted:
+        settings["noise_sampler_seed"] = seed
+    try:
+        return kind.from_config(own.config, **settings)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise SchedulerError(f"cannot use {kind.__name__} with this checkpoint: {error}") from error
+
+
+def compatible_class(own: Any, name: str) -> type[Any]:
+    """The Diffusers class `name`, if it fits the checkpoint's own. Raises SchedulerError."""
+    right = {each.__name__: each for each in compatible_classes(own)}
+    if name in right:
+        return right[name]
+    listed = ", ".join(sorted(right))
+    raise SchedulerError(
+        f"cannot use {name} with this checkpoint, whose own is {type(own).__name__}: "
+        f"right would be one of {listed}"
+    )
+
+
+def compatible_classes(own: Any) -> set[type[Any]]:
+    """What `own` says it is compatible with, and the distilled samplers among their like.
+
+    LCM and TCD name no compatible classes and are named by none, yet Diffusers' pages
+    build them from the configuration of any checkpoint of Stable Diffusion, and back.
+    """
+    right = set(own.compatibles)
+    alike = {*diffusers.DDIMScheduler._get_compatibles(), *DISTILLED}
+    return right | alike if type(own) in alike else right
+
+
+DISTILLED = (diffusers.LCMScheduler, diffusers.TCDScheduler)
