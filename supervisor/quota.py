@@ -177,7 +177,7 @@ def cache_entries(data_dir: Path) -> list[Entry]:
 def measure(path: Path) -> Entry:
     """The size of a file or of all files under a folder, and their latest use.
 
-    Links are not followed. What goes away meanwhile counts nothing.
+    Links count nothing and are not followed. What goes away meanwhile counts nothing.
     """
     size, last_used = 0, 0.0
     for status in _file_statuses(path):
@@ -216,6 +216,8 @@ def _set_access_times(path: Path) -> None:
 
 
 def _file_statuses(path: Path) -> Iterator[os.stat_result]:
+    if path.is_symlink():
+        return
     folders = [path]
     while folders:
         folder = folders.pop()
@@ -223,9 +225,9 @@ def _file_statuses(path: Path) -> Iterator[os.stat_result]:
             with suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(Path(entry.path))
-                else:
+                elif not entry.is_symlink():
                     yield entry.stat(follow_symlinks=False)
-    if not path.is_dir() or path.is_symlink():
+    if not path.is_dir():
         with suppress(OSError):
             yield path.lstat()
 
