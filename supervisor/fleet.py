@@ -110,6 +110,10 @@ class Fleet:
     def ready_workers(self) -> list[Worker]:
         return [w for w in self.workers.values() if w.state is WorkerState.READY]
 
+    def planned(self) -> dict[str, int]:
+        """Queued jobs and the worker that each would run on as things stand."""
+        return self._plan(self._ordered()).workers
+
     # Events of a worker's life.
 
     def worker_spawned(

@@ -133,7 +133,7 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self.keys and scope["path"] not in OPEN_PATHS:
             key = bearer_key(scope)
-            if not any([hmac.compare_digest(key, known) for known in self.keys]):
+            if not any(hmac.compare_digest(key, known) for known in self.keys):
                 problem = Problem("unauthorized", "cannot go on without a valid API key: send "
                                   "Authorization: Bearer <key>")  # fmt: skip
                 response = problem_response(problem, scope)

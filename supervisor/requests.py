@@ -13,12 +13,9 @@ from msgspec import Meta
 
 from ipc.messages import Call, OutputFormat
 from supervisor.errors import Problem
+from supervisor.parameter_checks import PROMPTS
 
-MAX_PICTURES = 16
-MAX_SEED = 2**63 - 1
 DRAWN_SEEDS = 2**32
-PROMPTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2",
-           "negative_prompt_3")  # fmt: skip
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
 Scale = Annotated[float, Meta(ge=-100, le=100)]
@@ -105,44 +102,23 @@ def invalid(error: Exception, prefix: str = "") -> Problem:
 def expand(parameters: dict[str, Any], draw: Callable[[int], int]) -> list[Call]:
     """One call per picture: every prompt times pictures per prompt, in order, with seeds.
 
-    Takes `seed`, `num_images_per_prompt` and the prompts out of `parameters`;
-    `draw(n)` gives a random number below n. Raises Problem.
+    Takes `seed`, `num_images_per_prompt` and lists of texts out of `parameters`, which
+    the catalogue has checked; `draw(n)` gives a random number below n.
     """
     each = parameters.pop("num_images_per_prompt", None) or 1
-    prompts = {name: parameters.pop(name) for name in PROMPTS if parameters.get(name) is not None}
-    counts = {name: len(value) for name, value in prompts.items() if isinstance(value, list)}
-    rows = max(counts.values(), default=1)
-    for name, count in counts.items():
-        if count != rows:
-            raise _wrong(name, f"it has {count} entries where {rows} are needed")
-    if not 1 <= rows * each <= MAX_PICTURES:
-        raise _wrong("num_images_per_prompt", f"a request makes 1 to {MAX_PICTURES} pictures, "
-                     f"this one {rows * each}")  # fmt: skip
+    prompts = {name: parameters.pop(name) for name in PROMPTS if isinstance(
+        parameters.get(name), list)}  # fmt: skip
+    rows = max(map(len, prompts.values()), default=1)
     seeds = decide_seeds(parameters.pop("seed", None), rows * each, draw)
     return [
-        Call(
-            seed=seed,
-            parameters={
-                name: value[index // each] if isinstance(value, list) else value
-                for name, value in prompts.items()
-            },
-        )
-        for index, seed in enumerate(seeds)
+        Call(seed=seed, parameters={name: texts[i // each] for name, texts in prompts.items()})
+        for i, seed in enumerate(seeds)
     ]
 
 
 def decide_seeds(seed: int | list[int] | None, count: int, draw: Callable[[int], int]) -> list[int]:
     """One seed per picture: consecutive ones, or the caller's list as it is."""
     if isinstance(seed, list):
-        if len(seed) != count:
-            raise _wrong("seed", f"{count} seeds are needed, one per picture, not {len(seed)}")
         return [draw(DRAWN_SEEDS) if one == -1 else one for one in seed]
-    first = draw(DRAWN_SEEDS) if seed in (None, -1) else int(seed or 0)
-    if first + count - 1 > MAX_SEED:
-        raise _wrong("seed", "the last picture's seed must be below 2^63")
+    first = draw(DRAWN_SEEDS) if seed is None or seed == -1 else seed
     return list(range(first, first + count))
-
-
-def _wrong(name: str, reason: str) -> Problem:
-    field = f"parameters.{name}"
-    return Problem("invalid_request", f"cannot accept {field}: {reason}", field=field)

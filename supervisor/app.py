@@ -1,0 +1,50 @@
+"""Wires the ASGI application: guards around routes, and what the routes need."""
+
+from functools import cache
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from supervisor import openapi
+from supervisor.errors import Problem
+from supervisor.guards import BodyGuard, KeyGuard, RequestId
+from supervisor.models import Models
+from supervisor.operations import Operation
+from supervisor.problems import on_http_exception, on_problem
+from supervisor.routes import docs, generate, inspect, jobs, models
+from supervisor.service import Service
+
+OPERATIONS: list[Operation] = [
+    *generate.OPERATIONS,
+    *jobs.OPERATIONS,
+    *models.OPERATIONS,
+    *inspect.OPERATIONS,
+    *docs.OPERATIONS,
+]
+
+
+def build(service: Service, models: Models) -> ASGIApp:
+    """The whole application. Its service is run by whoever runs the application."""
+    settings = service.settings
+
+    @cache
+    def document() -> bytes:
+        return msgspec.json.encode(openapi.document(OPERATIONS, bool(settings.api_keys)))
+
+    app = Starlette(
+        routes=[
+            Route(operation.path, operation.endpoint, methods=[operation.method])
+            for operation in OPERATIONS
+        ],
+        exception_handlers={Problem: on_problem, HTTPException: on_http_exception},
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    app.state.models = models
+    app.state.openapi = document
+    guarded = KeyGuard(app, settings.api_keys)
+    read = BodyGuard(guarded, settings.max_body_bytes, settings.body_timeout_seconds)
+    return RequestId(read)

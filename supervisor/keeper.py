@@ -1,0 +1,133 @@
+"""What happens to pictures after a job and before its answer: files, then webhooks.
+
+Also tells the webhooks of models that come and go. Nothing here waits for an endpoint.
+"""
+
+import time
+from typing import Any
+
+import anyio
+from anyio import to_thread
+
+from ipc import messages
+from supervisor import monitoring, webhooks
+from supervisor.deliverer import Deliverer
+from supervisor.errors import Problem
+from supervisor.fleet import Observer
+from supervisor.jobs import Outcome
+from supervisor.outbox import Event
+from supervisor.records import Record
+from supervisor.settings import Settings
+from supervisor.storage import Storage
+from supervisor.worker import Worker
+
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+class Keeper(Observer):
+    """Stores pictures by the chosen strategy and writes events into the outbox."""
+
+    def __init__(self, settings: Settings, storage: Storage, deliverer: Deliverer) -> None:
+        self._settings = settings
+        self._storage = storage
+        self._deliverer = deliverer
+        self._changes, self._changed = anyio.create_memory_object_stream[list[Event]](float("inf"))
+
+    async def reserve(self, batch_id: str, store: bool) -> None:
+        """Raises Problem when pictures of this batch id cannot be stored."""
+        if not store:
+            return
+        if self._settings.image_storage_strategy == "post":
+            if self._settings.webhook_image_stored is None:
+                raise Problem("not_supported", "cannot store pictures by POST: "
+                              "WEBHOOK_IMAGE_STORED is not set", field="store_images")  # fmt: skip
+            return
+        await self._storage.reserve(batch_id)
+
+    def release(self, batch_id: str) -> None:
+        self._storage.release(batch_id)
+
+    async def keep(self, record: Record, outcome: Outcome, meta: dict[str, Any]) -> list[str]:
+        """The stored pictures' names; empty when none were to be stored. Raises Problem."""
+        store = record.body.store_images
+        by_post = self._settings.image_storage_strategy == "post"
+        names = [_name(record, index) for index in range(len(outcome.pictures))] if store else []
+        if store and not by_post:
+            await self._write(record, outcome)
+        events = await to_thread.run_sync(self._events, record, outcome, meta, names, by_post)
+        if events:
+            await self._deliverer.put(events)
+        return names
+
+    async def _write(self, record: Record, outcome: Outcome) -> None:
+        extension = EXTENSIONS[record.body.output_format]
+        try:
+            for index, picture in enumerate(outcome.pictures):
+                await self._storage.store(record.batch_id, index, extension, picture.data)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._storage.discard(record.batch_id)
+            raise
+
+    def _events(
+        self,
+        record: Record,
+        outcome: Outcome,
+        meta: dict[str, Any],
+        names: list[str],
+        by_post: bool,
+    ) -> list[Event]:
+        """Runs in a thread: pictures may go as base64."""
+        stored = webhooks.endpoint(self._settings, "image.stored")
+        generated = webhooks.endpoint(self._settings, "image.generated")
+        if not (generated or (stored and names)):
+            return []
+        now, node, events = time.time(), self._node(), []
+        for index, name in enumerate(names if stored else []):
+            image = outcome.pictures[index].data if by_post else str(self._storage.path(name))
+            body = webhooks.image_stored(image, record.batch_id, index, now, node)
+            events.append(Event("image.stored", str(stored), body))
+        if generated:
+            message = record.prepared.message
+            body = webhooks.image_generated(
+                record.batch_id, message.checkpoint.name, message.pipeline,
+                record.prepared.seeds, meta, now, node,
+            )  # fmt: skip
+            events.append(Event("image.generated", generated, body))
+        return events
+
+    def _node(self) -> dict[str, object]:
+        stats = monitoring.system_stats(self._settings.data_dir)
+        return webhooks.node_info(self._settings, stats)
+
+    # Models that come and go: told in order by a task, because the fleet does not wait.
+
+    def models_changed(
+        self,
+        worker: Worker,
+        loaded: list[messages.Resident],
+        unloaded: list[messages.Resident],
+    ) -> None:
+        urls = (self._settings.webhook_model_loaded, self._settings.webhook_model_unloaded)
+        if not any(urls):
+            return
+        kinds: list[tuple[webhooks.ModelEvent, list[messages.Resident]]] = [
+            ("model.loaded", loaded), ("model.unloaded", unloaded)
+        ]  # fmt: skip
+        node, now = self._node(), time.time()
+        for (kind, models), url in zip(kinds, urls, strict=True):
+            for model in models if url else ():
+                body = webhooks.model_event(
+                    kind, "checkpoint", model.checkpoint, worker.id, now, node
+                )
+                self._changes.send_nowait([Event(kind, str(url), body)])
+
+    async def run(self) -> None:
+        async for events in self._changed:
+            await self._deliverer.put(events)
+
+
+def _name(record: Record, index: int) -> str:
+    return f"{record.batch_id}-{index}.{EXTENSIONS[record.body.output_format]}"
+
+

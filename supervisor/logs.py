@@ -1,0 +1,34 @@
+"""Structured logs: one JSON object a line on standard error."""
+
+import logging
+import sys
+
+import msgspec
+
+from supervisor.guards import request_id_of_task
+
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """Time, level, logger, message, the request's id, and whatever `extra` held."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := request_id_of_task.get():
+            content["request_id"] = request_id
+        content |= {key: value for key, value in vars(record).items() if key not in STANDARD}
+        if record.exc_info:
+            content["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(content, enc_hook=str).decode()
+
+
+def configure(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,228 @@
+"""From a request's body to a job's message: names to files, base64 to bytes, seeds drawn.
+
+Reads files and decodes base64, so it runs in a thread, but for the parameters'
+types, which are checked on the main thread first. Raises Problem.
+"""
+
+import random
+from typing import Any
+
+import msgspec
+
+from ipc import messages
+from supervisor import catalogue, pictures, schedulers
+from supervisor.errors import Problem
+from supervisor.models import Models, ResolvedModel
+from supervisor.requests import GenerateBody, expand, invalid
+from supervisor.settings import Settings
+
+_random = random.SystemRandom()
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
+    """A message for the workers, and the request as it was understood."""
+
+    message: messages.Generate
+    inputs: dict[str, Any]
+    seeds: list[int]
+
+
+class Preparation:
+    """Knows the models and the settings that requests are measured against."""
+
+    def __init__(self, settings: Settings, models: Models) -> None:
+        self._settings = settings
+        self._models = models
+
+    def prepare(self, body: GenerateBody, job_id: str) -> Prepared:
+        checkpoint = self._checkpoint(body.checkpoint)
+        pipeline = self._pipeline(body, checkpoint)
+        given = self._parameters(body, pipeline, checkpoint)
+        images = self._images(pipeline, given)
+        others = self._others(body, checkpoint)
+        call_names = catalogue.pipeline(pipeline).call_names
+        calls = expand(given, _random.randrange)
+        message = messages.Generate(
+            job=job_id,
+            pipeline=pipeline,
+            checkpoint=checkpoint.model,
+            calls=calls,
+            parameters={call_names.get(name, name): value for name, value in given.items()},
+            images=images,
+            scheduler=self._scheduler(body, checkpoint),
+            safety_checker=self._safety_checker(body, checkpoint),
+            output_format=body.output_format,
+            previews=body.previews,
+            deterministic=body.deterministic,
+            priority=body.priority,
+            **others,
+        )
+        inputs = _inputs(body, message, given, [call.seed for call in calls])
+        return Prepared(message=message, inputs=inputs, seeds=[call.seed for call in calls])
+
+    def load(self, name: str, vae: str | None, job_id: str) -> messages.Load:
+        checkpoint = self._models.resolve("checkpoint", name)
+        chosen = self._models.resolve("vae", vae, checkpoint) if vae else None
+        if chosen:
+            self._models.check_fit(checkpoint, [chosen])
+        return messages.Load(
+            job=job_id, checkpoint=checkpoint.model, vae=chosen.model if chosen else None
+        )
+
+    def unload(self, name: str, job_id: str) -> messages.Unload:
+        return messages.Unload(
+            job=job_id, checkpoint=self._models.resolve("checkpoint", name).model
+        )
+
+    def _checkpoint(self, name: str | None) -> ResolvedModel:
+        chosen = name or self._settings.launch_checkpoint
+        if chosen:
+            return self._models.resolve("checkpoint", chosen)
+        if self._models.has_demo():
+            return self._models.resolve("checkpoint", "demo")
+        detail = "cannot choose a checkpoint: name one, there is no default"
+        raise Problem("invalid_request", detail, field="checkpoint")
+
+    def _pipeline(self, body: GenerateBody, checkpoint: ResolvedModel) -> str:
+        try:
+            name = body.pipeline or self._chosen_pipeline(body, checkpoint)
+            pipeline = catalogue.pipeline(name)
+        except msgspec.ValidationError as error:
+            raise invalid(error) from None
+        family = checkpoint.model.family
+        if family not in pipeline.families:
+            fitting = " or ".join(pipeline.families)
+            detail = (f"cannot run {name} on {checkpoint.model.name}: it is {family}, "
+                      f"and this pipeline takes {fitting}")  # fmt: skip
+            raise Problem("incompatible_model", detail, field="pipeline")
+        return name
+
+    def _chosen_pipeline(self, body: GenerateBody, checkpoint: ResolvedModel) -> str:
+        if checkpoint.model.family == "other" and checkpoint.class_name:
+            return checkpoint.class_name
+        given = {name for name, value in body.parameters.items() if value is not None}
+        return catalogue.choose(checkpoint.model.family, given, bool(body.control_models))
+
+    def _parameters(
+        self, body: GenerateBody, pipeline: str, checkpoint: ResolvedModel
+    ) -> dict[str, Any]:
+        """What was given, over the checkpoint's own defaults; null counts as left out."""
+        known = catalogue.pipeline(pipeline).parameters
+        defaults = {name: v for name, v in checkpoint.defaults.items() if name in known}
+        try:
+            given = catalogue.read(
+                pipeline,
+                body.parameters,
+                defaults=defaults,
+                max_pixels=self._settings.max_image_pixels,
+                control_models=len(body.control_models),
+            )
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise invalid(error) from None
+        return defaults | {name: value for name, value in given.items() if value is not None}
+
+    def _images(self, pipeline: str, given: dict[str, Any]) -> dict[str, list[bytes]]:
+        """Takes the pictures out of the parameters; by the call's own names."""
+        names = [name for name in catalogue.pipeline(pipeline).pictures if name in given]
+        decoded = pictures.decode_all(
+            {name: given.pop(name) for name in names}, self._settings.max_image_pixels
+        )
+        call_names = catalogue.pipeline(pipeline).call_names
+        return {call_names[name]: data for name, data in decoded.items()}
+
+    def _others(self, body: GenerateBody, checkpoint: ResolvedModel) -> dict[str, Any]:
+        """The models beside the checkpoint, each checked against it."""
+        vae_name = body.vae or self._launch_vae(body)
+        vae = self._models.resolve("vae", vae_name, checkpoint) if vae_name else None
+        controlnets = [
+            self._models.resolve("controlnet", name, checkpoint) for name in body.control_models
+        ]
+        loras = [self._models.resolve("lora", choice.model) for choice in body.loras]
+        fitting = [*([vae] if vae else []), *controlnets, *loras]
+        self._models.check_fit(checkpoint, fitting)
+        return {
+            "vae": vae.model if vae else None,
+            "controlnets": [net.model for net in controlnets],
+            "loras": [
+                messages.Lora(model=lora.model, scale=choice.scale)
+                for lora, choice in zip(loras, body.loras, strict=True)
+            ],
+            "refiner": self._refiner(body, checkpoint),
+        }
+
+    def _launch_vae(self, body: GenerateBody) -> str | None:
+        """LAUNCH_VAE goes with LAUNCH_CHECKPOINT, wherever that is used."""
+        launched = self._settings.launch_checkpoint
+        return self._settings.launch_vae if body.checkpoint in (None, launched) else None
+
+    def _refiner(self, body: GenerateBody, checkpoint: ResolvedModel) -> messages.Refiner | None:
+        if body.refiner_model is None:
+            if body.refiner_parameters:
+                raise Problem("invalid_request", "cannot use refiner_parameters without a "
+                              "refiner_model", field="refiner_parameters")  # fmt: skip
+            return None
+        refiner = self._models.resolve("checkpoint", body.refiner_model)
+        if checkpoint.model.family != "sdxl" or refiner.model.family != "sdxl_refiner":
+            detail = (f"cannot refine {checkpoint.model.name} ({checkpoint.model.family}) with "
+                      f"{refiner.model.name} ({refiner.model.family}): an sdxl checkpoint takes "
+                      "an sdxl_refiner")  # fmt: skip
+            raise Problem("incompatible_model", detail, field="refiner_model")
+        return messages.Refiner(checkpoint=refiner.model, parameters=_refiner_parameters(body))
+
+    def _scheduler(
+        self, body: GenerateBody, checkpoint: ResolvedModel
+    ) -> messages.Scheduler | None:
+        if body.scheduler and body.a1111_scheduler:
+            raise Problem("invalid_request", "cannot use both scheduler and a1111_scheduler: "
+                          "name one", field="a1111_scheduler")  # fmt: skip
+        if body.a1111_scheduler:
+            return schedulers.by_a1111_name(body.a1111_scheduler)
+        if body.scheduler:
+            return schedulers.by_class_name(body.scheduler)
+        if "a1111_scheduler" in checkpoint.defaults:
+            return schedulers.by_a1111_name(checkpoint.defaults["a1111_scheduler"])
+        default = checkpoint.defaults.get("scheduler")
+        return schedulers.by_class_name(default) if default else None
+
+    def _safety_checker(
+        self, body: GenerateBody, checkpoint: ResolvedModel
+    ) -> messages.Model | bool:
+        wanted = body.safety_checker
+        if not (self._settings.load_safety_checker if wanted is None else wanted):
+            return False
+        return self._models.safety_checker(checkpoint)
+
+
+def _refiner_parameters(body: GenerateBody) -> dict[str, Any]:
+    """Pictures and seeds are the base's own."""
+    try:
+        given = catalogue.read("StableDiffusionXLImg2ImgPipeline", {
+            "image": "-", **body.refiner_parameters})  # fmt: skip
+    except (msgspec.ValidationError, RecursionError) as error:
+        problem = invalid(error)
+        field = (problem.field or "").replace("parameters", "refiner_parameters", 1)
+        raise Problem(problem.code, problem.detail, field=field or None) from None
+    for name in ("image", "seed", "num_images_per_prompt"):
+        if name in body.refiner_parameters:
+            field = f"refiner_parameters.{name}"
+            detail = f"cannot accept {field}: it is the base's own"
+            raise Problem("invalid_request", detail, field=field)
+    return {name: v for name, v in given.items() if v is not None and name != "image"}
+
+
+def _inputs(
+    body: GenerateBody, message: messages.Generate, given: dict[str, Any], seeds: list[int]
+) -> dict[str, Any]:
+    """The request as understood: seeds filled in, pictures left out."""
+    pictures_given = catalogue.pipeline(message.pipeline).pictures
+    texts = {
+        name: value
+        for name, value in body.parameters.items()
+        if name not in pictures_given and value is not None
+    }
+    inputs: dict[str, Any] = msgspec.to_builtins(body)
+    return inputs | {
+        "checkpoint": message.checkpoint.name,
+        "pipeline": message.pipeline,
+        "parameters": given | texts | {"seed": seeds[0]},
+    }

@@ -1,0 +1,164 @@
+"""POST /generate and /generate/{PipelineClass}: pictures now, as a stream, or later."""
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from supervisor.errors import Problem
+from supervisor.jobs import Change, Loading, Preview, Progress, Queued
+from supervisor.operations import (
+    Operation,
+    body_of,
+    caller_of,
+    json_response,
+    request_id_of,
+    service_of,
+)
+from supervisor.problems import problem_body
+from supervisor.records import Claim, Record
+from supervisor.requests import GenerateBody
+from supervisor.states import JobState
+from supervisor.watching import changes, done_or_gone
+
+MAX_KEY = 255
+CLIENT_LEFT = 499
+
+
+async def generate(request: Request) -> Response:
+    body = await body_of(request, GenerateBody)
+    pipeline = request.path_params.get("pipeline")
+    if pipeline is not None:
+        if body.pipeline is not None:
+            raise Problem("invalid_request", "cannot accept the field pipeline: the address "
+                          "names it already", field="pipeline")  # fmt: skip
+        body = msgspec.structs.replace(body, pipeline=pipeline)
+    claim = await _claim(request)
+    if claim is not None and claim.record is not None:
+        return _answer(claim.record)
+    record = await _accept(request, body, claim)
+    if wants_async(request):
+        return accepted(record)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return event_stream(request, record)
+    return await answer_or_cancel(request, record)
+
+
+async def _claim(request: Request) -> Claim | None:
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY:
+        detail = f"cannot use this idempotency key: it has 1 to {MAX_KEY} characters"
+        raise Problem("invalid_request", detail, field="Idempotency-Key")
+    whole = request.url.path.encode() + b"\n" + await request.body()
+    return service_of(request).records.claim(caller_of(request), key, whole)
+
+
+async def _accept(request: Request, body: GenerateBody, claim: Claim | None) -> Record:
+    service, caller = service_of(request), caller_of(request)
+    detached = claim is not None or wants_async(request)
+    try:
+        record = await service.accept(body, caller, request_id_of(request), detached=detached)
+    except BaseException:
+        if claim is not None:
+            service.records.unclaim(caller, request.headers["idempotency-key"])
+        raise
+    if claim is not None:
+        claim.record = record
+    return record
+
+
+def wants_async(request: Request) -> bool:
+    return "respond-async" in request.headers.get("prefer", "")
+
+
+def accepted(record: Record) -> Response:
+    where = f"/jobs/{record.job.id}"
+    content = {"id": record.job.id, "status": record.job.state.value, "poll_url": where}
+    response = json_response(content, 202)
+    response.headers["Location"] = where
+    response.headers["Preference-Applied"] = "respond-async"
+    return response
+
+
+def _answer(record: Record) -> Response:
+    return Response(record.result(), media_type="application/json")
+
+
+async def answer_or_cancel(request: Request, record: Record) -> Response:
+    """The whole answer; a caller that hangs up first cancels its job."""
+    done = False
+    try:
+        done = await done_or_gone(record, request.receive)
+    finally:
+        if not done and not record.detached:
+            service_of(request).cancel(record)
+    return _answer(record) if done else Response(status_code=CLIENT_LEFT)
+
+
+def event_stream(request: Request, record: Record) -> Response:
+    async def events() -> AsyncIterator[bytes]:
+        try:
+            async for change in changes(record):
+                yield event(*described(change))
+            yield final_event(record, request_id_of(request))
+        finally:
+            if not record.done.is_set() and not record.detached:
+                service_of(request).cancel(record)
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+
+
+def event(name: str, data: bytes) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
+def described(change: Change) -> tuple[str, bytes]:
+    match change:
+        case Queued():
+            content: dict[str, Any] = {"position": change.position}
+        case Loading():
+            content = {"model": change.model, "fraction": change.fraction}
+        case Progress():
+            content = {"step": change.step, "steps": change.steps, "fraction": change.fraction}
+        case Preview():
+            content = {"image": base64.b64encode(change.image).decode()}
+        case _:
+            content = {}
+    return type(change).__name__.lower(), msgspec.json.encode(content)
+
+
+def final_event(record: Record, request_id: str) -> bytes:
+    """How it ended, under the name of the state it ended in."""
+    if record.problem is None:
+        return event("finished", record.answer or b"{}")
+    ended = record.job.state if record.job.state is not JobState.FINISHED else JobState.FAILED
+    return event(ended.value, msgspec.json.encode(problem_body(record.problem, request_id)))
+
+
+ERRORS = ("invalid_request", "not_supported", "incompatible_model", "invalid_model",
+          "unknown_model", "queue_full", "too_late", "unavailable", "draining", "worker_lost",
+          "poison", "generation_failed", "out_of_memory", "storage_full", "deadline_exceeded",
+          "cancelled", "batch_id_exists", "key_in_use", "key_reused",
+          "unsupported_media_type")  # fmt: skip
+HEADERS: dict[str, dict[str, Any]] = {
+    "Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
+    "Prefer": {"type": "string", "examples": ["respond-async"]},
+}
+
+OPERATIONS = [
+    Operation(method="POST", path="/generate", endpoint=generate, body=GenerateBody,
+              summary="Generate pictures; the pipeline follows from the checkpoint and the "
+                      "inputs, unless it is named",
+              answer={"$ref": "#/components/schemas/Generated"}, headers=HEADERS,
+              errors=ERRORS, tag="generation"),
+    Operation(method="POST", path="/generate/{pipeline}", endpoint=generate,
+              body=GenerateBody, summary="Generate pictures with a pipeline class",
+              answer={"$ref": "#/components/schemas/Generated"}, headers=HEADERS,
+              errors=ERRORS, tag="generation"),
+]  # fmt: skip

@@ -1,0 +1,159 @@
+"""The whole server: fleet, service and HTTP in one event loop, from start to drained."""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import anyio.abc
+from hypercorn.asyncio import serve as hypercorn_serve
+from hypercorn.config import Config
+
+from ipc import messages
+from supervisor import app, monitoring, sockets
+from supervisor.deliverer import Deliverer
+from supervisor.fleet import Fleet
+from supervisor.keeper import Keeper
+from supervisor.lives import Lives
+from supervisor.models import Models
+from supervisor.outbox import Outbox
+from supervisor.preparation import Preparation
+from supervisor.quota import Quota
+from supervisor.service import Service
+from supervisor.settings import Settings, SettingsError
+from supervisor.storage import Storage
+from supervisor.worker import Worker
+from supervisor.worker_process import COMMAND
+
+log = logging.getLogger(__name__)
+
+HEADER_SECONDS = 10
+OUTBOX_SECONDS = 5.0
+DRAIN_POLL_SECONDS = 0.05
+CLOSE_SECONDS = 1.0
+
+
+def devices_of(settings: Settings) -> list[str]:
+    """Torch devices, one worker each. Raises SettingsError for a GPU that is not there."""
+    count = monitoring.gpu_count(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if settings.devices == ("auto",):
+        return [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    missing = [word for word in settings.devices if word != "cpu" and int(word) >= count]
+    if missing:
+        raise SettingsError(f"cannot use DEVICES={','.join(settings.devices)}: "
+                            f"this host has {count} GPUs")  # fmt: skip
+    return [word if word == "cpu" else f"cuda:{word}" for word in settings.devices]
+
+
+class Server:
+    """Everything of one running server; `run` returns when it has stopped."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listening: list[socket.socket],
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self.settings = settings
+        self._sockets = listening
+        models = Models(settings)
+        preparation = Preparation(settings, models)
+        launch = None
+        if settings.launch_checkpoint:
+            launch = preparation.load(settings.launch_checkpoint, settings.launch_vae, "launch")
+        self.fleet = Fleet(settings, devices_of(settings), launch)
+        self._lives = Lives(self.fleet, self._start_message, command)
+        self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes)
+        self._outbox = Outbox(settings.data_dir / "outbox.sqlite3")
+        self._storage = Storage(settings.image_dir, self._quota)
+        self._deliverer = Deliverer(self._outbox, settings)
+        self._keeper = Keeper(settings, self._storage, self._deliverer)
+        self.fleet.observers.append(self._keeper)
+        self.service = Service(settings, self.fleet, preparation, self._keeper)
+        self._app = app.build(self.service, models)
+
+    def _start_message(self, worker: Worker) -> messages.Start:
+        settings = self.settings
+        return messages.Start(
+            protocol=messages.PROTOCOL_VERSION,
+            device="cpu" if worker.device == "cpu" else "cuda:0",
+            dtype=settings.dtype,
+            device_memory_bytes=settings.device_memory_bytes,
+            host_memory_bytes=settings.host_memory_bytes,
+            compile_backend=settings.compile_backend,
+            cuda_graph=settings.cuda_graph,
+            cache_dir=str(settings.data_dir / "cache"),
+        )
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains; a second signal ends it at once."""
+        async with anyio.create_task_group() as group:
+            await self._storage.start()
+            tasks = (self.service.run, self._deliverer.run, self._keeper.run, self._quota.watch)
+            for task in tasks:
+                group.start_soon(task)
+            closing, workers_gone = anyio.Event(), anyio.Event()
+            group.start_soon(self._keep_workers, workers_gone)
+            group.start_soon(self._serve_http, closing)
+            log.info("serving", extra={"addresses": sockets.addresses(self._sockets)})
+            with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                await anext(signals)
+                group.start_soon(self._stop, group.cancel_scope, closing, workers_gone)
+                await anext(signals)
+                log.warning("stopping at once")
+                group.cancel_scope.cancel()
+
+    async def _keep_workers(self, gone: anyio.Event) -> None:
+        await self._lives.run()
+        gone.set()
+
+    async def _serve_http(self, closing: anyio.Event) -> None:
+        async with anyio.create_task_group() as group:
+
+            async def close_late() -> None:
+                """Hypercorn waits for idle connections without end; this does not."""
+                await closing.wait()
+                await anyio.sleep(CLOSE_SECONDS)
+                group.cancel_scope.cancel()
+
+            group.start_soon(close_late)
+            application: Any = self._app  # Hypercorn's types are narrower than ASGI's
+            config = http_config(self._sockets)
+            await hypercorn_serve(application, config, shutdown_trigger=closing.wait)
+            group.cancel_scope.cancel()
+
+    async def _idle(self) -> None:
+        while not (self.fleet.is_idle and self.service.is_idle):  # noqa: ASYNC110 - two owners
+            await anyio.sleep(DRAIN_POLL_SECONDS)
+
+    async def _stop(
+        self, scope: anyio.CancelScope, closing: anyio.Event, workers_gone: anyio.Event
+    ) -> None:
+        """Drains, ends the workers, answers whoever still waits, flushes the outbox."""
+        log.info("draining", extra={"seconds": self.settings.drain_seconds})
+        self.fleet.drain()
+        with anyio.move_on_after(self.settings.drain_seconds):
+            await self._idle()
+        self.fleet.stop()
+        await workers_gone.wait()
+        closing.set()
+        await self._deliverer.aclose(OUTBOX_SECONDS)
+        await anyio.sleep(DRAIN_POLL_SECONDS)
+        log.info("stopped")
+        scope.cancel()
+
+
+def http_config(listening: list[socket.socket]) -> Config:
+    config = Config()
+    config.bind = [f"fd://{bound.fileno()}" for bound in listening]
+    config.include_server_header = False
+    config.keep_alive_timeout = HEADER_SECONDS  # also how long a request's head may take
+    config.read_timeout = None  # it would end long jobs with a false disconnect
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn")
+    return config
+
+
