@@ -1,0 +1,277 @@
+"""The models that this worker holds: loaded once, shared by jobs, dropped when room is needed.
+
+Knows paths, bytes and who uses what; knows no requests. One thread uses it.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPImageProcessor
+
+from gpu_worker import folders
+from gpu_worker.failures import (
+    JobCancelled,
+    MemoryShort,
+    Refusal,
+    is_device_failure,
+    is_out_of_memory,
+)
+from gpu_worker.folders import BrokenModel
+from ipc.messages import Model, Resident
+
+Kind = Literal["checkpoint", "vae", "controlnet", "safety_checker"]
+Nothing = Callable[[], None]
+
+FIELDS: dict[Kind, str] = {
+    "checkpoint": "checkpoint",
+    "vae": "vae",
+    "controlnet": "control_model",
+    "safety_checker": "safety_checker",
+}
+
+
+@dataclass
+class Holding:
+    """One model in memory. `parts` are its modules and settings by the pipelines' names."""
+
+    model: Model
+    kind: Kind
+    parts: dict[str, Any]
+    bytes: int
+    pipeline: str = ""
+    """The class that a checkpoint's folder names."""
+    vae: str | None = None
+    """The VAE that was last used with a checkpoint."""
+    last_used: float = field(default_factory=time.time)
+    users: int = 0
+
+    @property
+    def module(self) -> Any:
+        """The one module of what is not a checkpoint."""
+        return self.parts["module"]
+
+
+class Library:
+    """Holds models on one device within `budget_bytes`; `changed` is called when that changes."""
+
+    def __init__(
+        self, device: str, dtype: torch.dtype, budget_bytes: int, changed: Nothing
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.budget_bytes = budget_bytes
+        self._changed = changed
+        self._held: dict[tuple[Kind, str, bool], Holding] = {}
+
+    @contextlib.contextmanager
+    def use(self, *holdings: Holding) -> Iterator[None]:
+        """Keeps models from being dropped while a job uses them."""
+        for holding in holdings:
+            holding.users += 1
+        try:
+            yield
+        finally:
+            for holding in holdings:
+                holding.users -= 1
+                holding.last_used = time.time()
+
+    def checkpoint(self, model: Model, step: Nothing = lambda: None) -> Holding:
+        """Loads a checkpoint where it is not held. `step` is called between its parts.
+
+        Raises Refusal, MemoryShort, or what `step` raises.
+        """
+        return self._get("checkpoint", model, lambda: self._read_checkpoint(model, step))
+
+    def vae(self, model: Model, upcasts: bool) -> Holding:
+        """A VAE of its own; `upcasts`: it is for pipelines that decode in float32."""
+        return self._get("vae", model, lambda: self._read_module(model, "vae", upcasts), upcasts)
+
+    def controlnet(self, model: Model) -> Holding:
+        return self._get("controlnet", model, lambda: self._read_module(model, "controlnet"))
+
+    def safety_checker(self, model: Model) -> Holding:
+        """Its `module` and its `feature_extractor`."""
+        return self._get("safety_checker", model, lambda: self._read_safety_checker(model))
+
+    def pair(self, checkpoint: Holding, vae: Holding) -> None:
+        """Notes which VAE a checkpoint was last used with."""
+        if checkpoint.vae != vae.model.name:
+            checkpoint.vae = vae.model.name
+            self._changed()
+
+    def unload(self, path: str) -> bool:
+        """Drops a checkpoint that nobody uses; whether there was one."""
+        holding = self._held.get(("checkpoint", path, False))
+        if holding is None or holding.users:
+            return False
+        self._drop(holding)
+        self._changed()
+        return True
+
+    def residents(self) -> list[Resident]:
+        return [
+            Resident(
+                checkpoint=holding.model.name,
+                path=holding.model.path,
+                family=holding.model.family,
+                vae=holding.vae,
+                loras=[],
+                tier="device",
+                bytes=holding.bytes,
+                last_used=holding.last_used,
+            )
+            for holding in self._held.values()
+            if holding.kind == "checkpoint"
+        ]
+
+    def drop_idle(self) -> None:
+        """Frees all that no job uses."""
+        for holding in [held for held in self._held.values() if not held.users]:
+            self._drop(holding)
+        self._changed()
+
+    def _get(
+        self, kind: Kind, model: Model, read: Callable[[], Holding], upcasts: bool = False
+    ) -> Holding:
+        key = (kind, model.path, upcasts)
+        if key not in self._held:
+            with _said_of(kind, model):
+                holding = read()
+            self._held[key] = holding
+            self._changed()
+        self._held[key].last_used = time.time()
+        return self._held[key]
+
+    def _read_checkpoint(self, model: Model, step: Nothing) -> Holding:
+        root = _existing_folder(model)
+        index = folders.read_json(root / folders.PIPELINE_INDEX)
+        listed = folders.parts(index)
+        wanted = {name: part for name, part in listed.items() if part}
+        for name in folders.LOADED_ON_REQUEST:
+            wanted.pop(name, None)
+        kinds = {name: folders.part_class(*part) for name, part in wanted.items()}
+        size = self._make_room([root / name for name in wanted], model)
+        held: dict[str, Any] = dict.fromkeys(listed) | folders.scalars(index)
+        pipeline = str(index.get("_class_name"))
+        for name, kind in kinds.items():
+            step()
+            held[name] = self._placed(folders.load_part(root / name, kind, self.dtype))
+        if "vae" in kinds and pipeline_upcasts(pipeline):
+            held["vae"] = settled(held["vae"])
+        return Holding(model, "checkpoint", held, size, pipeline)
+
+    def _read_module(self, model: Model, kind: Kind, upcasts: bool = False) -> Holding:
+        root = _existing_folder(model)
+        size = self._make_room([root], model)
+        module = self._placed(folders.load_module(root, self.dtype))
+        parts = {"module": settled(module) if upcasts else module}
+        return Holding(model, kind, parts, size)
+
+    def _read_safety_checker(self, model: Model) -> Holding:
+        root = _existing_folder(model)
+        size = self._make_room([root], model)
+        checker = folders.load_part(root, StableDiffusionSafetyChecker, self.dtype)
+        # Within a checkpoint its pictures are prepared as the folder beside it says.
+        beside = root.parent / "feature_extractor"
+        extractor = next(
+            (each for each in (root, beside) if (each / "preprocessor_config.json").is_file()), None
+        )
+        parts = {
+            "module": self._placed(checker),
+            "feature_extractor": CLIPImageProcessor()
+            if extractor is None
+            else folders.load_part(extractor, CLIPImageProcessor, self.dtype),
+        }
+        return Holding(model, "safety_checker", parts, size)
+
+    def _placed(self, part: Any) -> Any:
+        return part.to(self.device) if isinstance(part, torch.nn.Module) else part
+
+    def _make_room(self, parts: list[Path], model: Model) -> int:
+        """Bytes that the parts will take, with as much dropped as they need."""
+        for part in parts:
+            folders.refuse_other_weights(part)
+        size = sum(folders.weights_bytes(part, self.dtype) for part in parts)
+        while self._total_bytes() + size > self.budget_bytes:
+            idle = [holding for holding in self._held.values() if not holding.users]
+            if not idle:
+                raise MemoryShort(
+                    f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
+                    f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights"
+                )
+            self._drop(min(idle, key=lambda holding: holding.last_used))
+            self._changed()
+        return size
+
+    def _total_bytes(self) -> int:
+        return sum(holding.bytes for holding in self._held.values())
+
+    def _drop(self, holding: Holding) -> None:
+        self._held = {key: held for key, held in self._held.items() if held is not holding}
+        if holding.kind == "vae":
+            for held in self._held.values():
+                held.vae = None if held.vae == holding.model.name else held.vae
+        holding.parts.clear()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def pipeline_upcasts(class_name: str) -> bool:
+    """Whether a pipeline class moves a float16 VAE to float32 to decode, as SDXL's do."""
+    return hasattr(getattr(diffusers, class_name, None), "upcast_vae")
+
+
+def settled(vae: Any) -> Any:
+    """A VAE whose type stays as it is: float32 where its configuration says force_upcast.
+
+    SDXL's pipelines move such a VAE to float32 and back within every call, under the hands
+    of other jobs. This one is in float32 already, takes latents and pictures of any type,
+    and stays when it is told to change.
+    """
+    if not getattr(vae.config, "force_upcast", False):
+        return vae
+    vae = vae.to(torch.float32)
+    encode, decode = vae.encode, vae.decode
+    vae.encode = lambda x, *args, **kwargs: encode(x.float(), *args, **kwargs)
+    vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
+    vae.to = lambda *args, **kwargs: vae
+    return vae
+
+
+@contextlib.contextmanager
+def _said_of(kind: Kind, model: Model) -> Iterator[None]:
+    """Turns whatever goes wrong while a model is read into a Refusal that names it."""
+    field = FIELDS[kind]
+    try:
+        yield
+    except (Refusal, JobCancelled, MemoryShort):
+        raise
+    except FileNotFoundError as error:
+        detail = f"cannot load {model.name!r}: it is not there any more"
+        raise Refusal("unknown_model", detail, field) from error
+    except BrokenModel as error:
+        detail = f"cannot load {model.name!r}: {error}"
+        raise Refusal("invalid_model", detail, field) from error
+    except Exception as error:
+        if is_out_of_memory(error) or is_device_failure(error):
+            raise
+        detail = f"cannot load {model.name!r}: its files do not fit together or are broken"
+        raise Refusal("invalid_model", detail, field) from error
+
+
+def _existing_folder(model: Model) -> Path:
+    root = Path(model.path)
+    root.stat()
+    if not root.is_dir():
+        detail = f"cannot load {model.name!r}: it is a single file, not a Diffusers folder"
+        raise Refusal("not_supported", detail)
+    return root
