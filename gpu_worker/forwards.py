@@ -8,10 +8,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from gpu_worker import batching
 from gpu_worker.batching import Arguments, NotBatchFirst
+from gpu_worker.failures import is_device_failure, is_out_of_memory
 from gpu_worker.interposer import Target, described
 from gpu_worker.limits import Limits
 
@@ -95,9 +94,9 @@ class Forwards:
         # Outside the except block, whose frames hold the failed forward's tensors.
         if error is not None:
             error.__traceback__ = None
-        if isinstance(error, torch.OutOfMemoryError):
+        if error is not None and is_out_of_memory(error):
             return self._in_less_memory(calls, error)
-        if error is not None and (len(calls) == 1 or isinstance(error, torch.AcceleratorError)):
+        if error is not None and (len(calls) == 1 or is_device_failure(error)):
             return [Outcome(error=error) for _ in calls]
         return [self._untouched(call) for call in calls]
 
