@@ -261,8 +261,13 @@ def misfit(kind: Kind, checkpoint: Traits, other: Traits) -> str | None:
     for field, what in COMPARED.items():
         ours, theirs = getattr(checkpoint, field), getattr(other, field)
         if ours is not None and theirs is not None and ours != theirs:
-            return f"{what} differ: {ours} and {theirs}"
+            return f"{what} differ: {_with_owner(ours)} and {_with_owner(theirs)}"
     return None
+
+
+def _with_owner(value: float) -> str:
+    owners = {0.18215: "sd15 and sd21", 0.13025: "sdxl"}
+    return f"{value} (that of {owners[value]})" if value in owners else str(value)
 
 
 COMPARED = {
