@@ -316,8 +316,7 @@ class Fleet:
 
     def _plan(self, jobs: list[Job]) -> placement.Plan:
         views = [worker.view(self.estimates) for worker in self.ready_workers()]
-        steps = self.estimates.steps
-        return placement.plan([job.view(steps.expected(-1, job.model)) for job in jobs], views)
+        return placement.plan([job.view(self.estimates) for job in jobs], views)
 
     def _dispatch(self) -> None:
         """Sends every job that can go, and tells the rest where they stand."""
@@ -386,9 +385,9 @@ class Fleet:
     def _measured(self, worker: Worker, job: Job, finished: messages.Finished) -> None:
         if finished.step_seconds is not None:
             worker.step_seconds = finished.step_seconds
-            self.estimates.steps.measured(worker.id, job.model, finished.step_seconds)
+            self.estimates.steps.measured(job.model, finished.step_seconds)
         if finished.load_seconds > 0:
-            self.estimates.swaps.measured(worker.id, job.model, finished.load_seconds)
+            self.estimates.swaps.measured(job.model, finished.load_seconds)
 
     def _worker_lost(self, job: Job, ran_alone: bool, outside: bool, reason: str) -> None:
         if job.has_ended:

@@ -13,6 +13,7 @@ import msgspec
 
 from ipc import messages
 from supervisor.errors import Problem
+from supervisor.estimates import Estimates
 from supervisor.placement import JobView
 from supervisor.states import ENDED_JOB_STATES, JobEvent, JobState, next_job_state
 
@@ -135,11 +136,12 @@ class Job:
             return msgspec.structs.replace(self.message, alone=self.alone)
         return self.message
 
-    def view(self, step_seconds: float) -> JobView:
+    def view(self, estimates: Estimates) -> JobView:
         return JobView(
             id=self.id,
             model=self.model,
-            work_seconds=self.steps_left() * step_seconds,
+            work_seconds=self.steps_left() * estimates.steps.expected(self.model),
+            swap_seconds=estimates.swaps.expected(self.model),
             alone=self.alone,
             worker=self.pinned_worker,
         )

@@ -45,6 +45,8 @@ class Lives:
         self._begin = begin
         self._command = command
         self._environ = environ
+        sharers = sum(worker.device == "cpu" for worker in fleet.workers.values())
+        self._threads = max(len(os.sched_getaffinity(0)) // max(sharers, 1), 1)
         self._codec: Codec[messages.ToWorker, messages.FromWorker] = Codec(messages.FromWorker)
 
     async def run(self) -> None:
@@ -72,7 +74,7 @@ class Lives:
                 await anyio.sleep(TICK_SECONDS)
 
     async def _one_life(self, worker: Worker) -> None:
-        environ = environment(worker.device, self._environ)
+        environ = environment(worker.device, self._environ, self._threads)
         process = await WorkerProcess.spawn(environ, self._codec, self._command)
         outgoing, queue = anyio.create_memory_object_stream[Any](float("inf"))
         self._fleet.worker_spawned(worker, process, outgoing.send_nowait)
@@ -131,12 +133,16 @@ async def _next_message(process: WorkerProcess) -> messages.FromWorker:
         return await process.channel.receive_payload(length)
 
 
-def environment(device: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """A worker's environment: it sees one device, no secret, and never the network."""
+def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[str, str]:
+    """A worker's environment: it sees one device, no secret, and never the network.
+
+    `threads` is a worker's share of the host's processors when it computes on them.
+    """
     index = device.partition(":")[2]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     listed = bool(index) and visible != [""] and int(index) < len(visible)
     return {
+        **({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {}),
         **{name: value for name, value in environ.items() if name not in SECRET_VARIABLES},
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": visible[int(index)] if listed else index,

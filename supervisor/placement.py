@@ -31,7 +31,6 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     busy_seconds: float = 0.0
     """Expected until all that runs has ended."""
     resident: frozenset[str] = frozenset()
-    swap_seconds: float = 2.0
 
 
 class JobView(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +39,8 @@ class JobView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str
     work_seconds: float = 1.0
+    swap_seconds: float = 2.0
+    """To load the model where it is not; the same for all workers, so that ties stay ties."""
     alone: bool = False
     worker: int | None = None
     """The only worker that may take it, when a caller named one."""
@@ -64,8 +65,10 @@ class _Load:
         self.waiting = 0
 
     def completion_seconds(self, job: JobView) -> float:
-        swap = 0.0 if job.model in self.resident else self.view.swap_seconds
-        return self.ahead_seconds + swap + job.work_seconds
+        return self.ahead_seconds + self.swap_seconds(job) + job.work_seconds
+
+    def swap_seconds(self, job: JobView) -> float:
+        return 0.0 if job.model in self.resident else job.swap_seconds
 
     def rank(self, job: JobView) -> tuple[float, int, int, int]:
         """Least first: completion, then emptiness, so that models spread out."""
@@ -80,8 +83,7 @@ class _Load:
         """Plans the job here; true when it can go at once."""
         now = self.takes_now(job)
         share = 1 if job.alone else self.view.capacity
-        swap = 0.0 if job.model in self.resident else self.view.swap_seconds
-        self.ahead_seconds += swap + job.work_seconds / share
+        self.ahead_seconds += self.swap_seconds(job) + job.work_seconds / share
         self.resident.add(job.model)
         self.waiting += not now
         self.free -= (self.view.capacity if job.alone else 1) if now else 0

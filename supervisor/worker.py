@@ -107,10 +107,9 @@ class Worker:
 
     def view(self, estimates: Estimates) -> WorkerView:
         work = [
-            job.steps_left() * estimates.steps.expected(self.id, job.model)
+            job.steps_left() * estimates.steps.expected(job.model)
             for job in self.running.values()
         ]
-        swap = estimates.swaps.mean(self.id)
         return WorkerView(
             id=self.id,
             capacity=self.capacity,
@@ -118,5 +117,4 @@ class Worker:
             exclusive=any(job.alone for job in self.running.values()),
             busy_seconds=max([sum(work) / self.capacity, *work]),
             resident=frozenset(model.path for model in self.models),
-            **({} if swap is None else {"swap_seconds": swap}),
         )
