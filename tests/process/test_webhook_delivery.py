@@ -276,6 +276,18 @@ def test_what_is_pending_from_before_is_delivered(outbox: Outbox) -> None:
     assert outbox.pending_count() == 0
 
 
+def test_what_is_put_before_the_start_is_delivered_after_it(outbox: Outbox) -> None:
+    async def scenario() -> None:
+        deliverer = Deliverer(outbox, Settings())
+        await deliverer.put([event(it.url())])
+        async with delivering(deliverer):
+            await came(it, 1)
+
+    with endpoint() as it:
+        run(scenario)
+    assert outbox.pending_count() == 0
+
+
 def test_cookies_are_not_kept(outbox: Outbox) -> None:
     with endpoint(lambda received, number: Answer(200, (("Set-Cookie", "a=b"),))) as it:
         deliver(outbox, [it.url(), it.url()])
