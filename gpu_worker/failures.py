@@ -120,9 +120,10 @@ def blamed(text: str, parameters: Collection[str]) -> str | None:
 
 def _refused(job: str, error: RequestRefused, parameters: Collection[str]) -> Rejected:
     text = speakable(error.error)
+    name = blamed(text, parameters)
     return Rejected(
         job=job,
         code="invalid_request",
         detail=f"cannot run {error.pipeline}: {text}",
-        field=blamed(text, parameters),
+        field=f"parameters.{name}" if name else None,
     )

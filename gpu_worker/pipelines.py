@@ -118,7 +118,8 @@ def call_parameters(kind: type[Any]) -> Mapping[str, inspect.Parameter]:
 def decoded_images(given: dict[str, list[bytes]]) -> dict[str, Any]:
     """Pictures by parameter name: one as itself, several as a list."""
     pictures = {
-        name: [images.decoded(data, name) for data in encoded] for name, encoded in given.items()
+        name: [images.decoded(data, f"parameters.{name}") for data in encoded]
+        for name, encoded in given.items()
     }
     return {name: each[0] if len(each) == 1 else each for name, each in pictures.items()}
 
@@ -129,7 +130,7 @@ def arguments(kind: type[Any], given: Mapping[str, Any], seed: int) -> dict[str,
     strange = sorted(set(given) - set(accepted))
     if strange:
         detail = f"cannot run {kind.__name__}: it takes no {strange[0]}"
-        raise Refusal("invalid_request", detail, strange[0])
+        raise Refusal("invalid_request", detail, f"parameters.{strange[0]}")
     fixed = {
         "num_images_per_prompt": 1,
         "generator": torch.Generator("cpu").manual_seed(seed),
