@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -13,17 +14,27 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:1234"
+POLL_SECONDS = 0.2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    return serve() if given.command == "serve" else generate(given)
+    match given.command:
+        case "serve":
+            return serve()
+        case "wait":
+            return wait(given)
+        case _:
+            return generate(given)
 
 
 def parser() -> argparse.ArgumentParser:
     described = argparse.ArgumentParser(prog="igi", description="Image Generation Inference")
     commands = described.add_subparsers(dest="command", required=True)
     commands.add_parser("serve", help="run the server; settings come from the environment")
+    until = commands.add_parser("wait", help="wait until a server takes work")
+    until.add_argument("--url", default=DEFAULT_URL)
+    until.add_argument("--seconds", type=float, default=60.0)
     ask = commands.add_parser("generate", help="ask a running server for a picture")
     ask.add_argument("prompt")
     ask.add_argument("--output", type=Path, default=Path("picture.png"), help="file to write")
@@ -63,6 +74,19 @@ def serve() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes signals over
     anyio.run(server.run)
     return 0
+
+
+def wait(given: argparse.Namespace) -> int:
+    """Exit code 1 when the server is not ready in time."""
+    deadline = time.monotonic() + given.seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{given.url.rstrip('/')}/ready", timeout=5):
+                return 0
+        except OSError:  # refused, or not ready yet
+            time.sleep(POLL_SECONDS)
+    print(f"igi: {given.url} is not ready after {given.seconds:.0f} s", file=sys.stderr)
+    return 1
 
 
 def generate(given: argparse.Namespace) -> int:

@@ -136,7 +136,8 @@ async def _next_message(process: WorkerProcess) -> messages.FromWorker:
 def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """A worker's environment: it sees one device, no secret, and never the network.
 
-    `threads` is a worker's share of the host's processors when it computes on them.
+    `threads` is a worker's share of the host's processors when it computes on them,
+    unless the operator has decided already.
     """
     index = device.partition(":")[2]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
