@@ -11,9 +11,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from gpu_worker.schedulers import SchedulerError, build
 from ipc.messages import Scheduler
 from supervisor.schedulers import A1111, CLASSES
-from tests.tools import small
+from tests.tools import stock, tiny
 
-STEPS = 6
+STEPS = 5
 """Enough for third-order solvers to be told from second-order ones."""
 
 
@@ -28,21 +28,23 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return small.sd15()
+    return stock.pipeline("sd15")
 
 
 def latents(pipe, scheduler, seed=7):
     pipe.scheduler = scheduler
-    values = {"num_inference_steps": STEPS, "width": 16, "height": 16, "output_type": "latent"}
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with torch.no_grad():
-        return pipe("a red fox", generator=generator, **values).images
+    return stock.latents(pipe, seed, num_inference_steps=STEPS)
+
+
+@pytest.fixture
+def own():
+    return tiny.scheduler("sd15")
 
 
 @pytest.fixture(scope="module")
 def drawn(pipe):
     """The latents of an A1111 name with seed 7, computed once."""
-    own = small.sd15().scheduler
+    own = tiny.scheduler("sd15")
 
     @functools.cache
     def drawn(name: str) -> torch.Tensor:
@@ -66,14 +68,13 @@ def test_every_setting_of_an_a1111_name_is_known_to_its_class(name):
 
 
 @pytest.mark.parametrize("name", A1111)
-def test_an_a1111_name_gives_the_pictures_of_its_class_and_settings(pipe, drawn, name):
-    own = small.sd15().scheduler
+def test_an_a1111_name_gives_the_pictures_of_its_class_and_settings(pipe, drawn, name, own):
     wanted = A1111[name]
     settings = dict(wanted.settings)
     if wanted.class_name == "DPMSolverSDEScheduler":
         settings["noise_sampler_seed"] = 7
-    stock = getattr(diffusers, wanted.class_name).from_config(own.config, **settings)
-    assert torch.equal(drawn(name), latents(pipe, stock))
+    usual = getattr(diffusers, wanted.class_name).from_config(own.config, **settings)
+    assert torch.equal(drawn(name), latents(pipe, usual))
 
 
 def test_each_sampler_draws_a_picture_of_its_own(drawn):
@@ -87,8 +88,7 @@ def test_each_sampler_draws_a_picture_of_its_own(drawn):
 
 
 @pytest.mark.parametrize("name", [each for each in A1111 if each.endswith((" a", "SDE", "LCM"))])
-def test_a_stochastic_sampler_takes_its_noise_from_the_seed(pipe, name):
-    own = small.sd15().scheduler
+def test_a_stochastic_sampler_takes_its_noise_from_the_seed(pipe, name, own):
     torch.manual_seed(1)
     first = latents(pipe, build(own, A1111[name], 7), seed=7)
     torch.manual_seed(2)
@@ -98,19 +98,17 @@ def test_a_stochastic_sampler_takes_its_noise_from_the_seed(pipe, name):
     assert not torch.equal(first, other)
 
 
-def test_the_largest_seed_is_taken(pipe):
-    built = build(small.sd15().scheduler, A1111["DPM++ SDE"], 2**63 - 1)
+def test_the_largest_seed_is_taken(pipe, own):
+    built = build(own, A1111["DPM++ SDE"], 2**63 - 1)
     assert torch.isfinite(latents(pipe, built)).all()
 
 
-def test_the_noise_of_dpmpp_sde_changes_with_the_jobs_seed(pipe):
-    own = small.sd15().scheduler
+def test_the_noise_of_dpmpp_sde_changes_with_the_jobs_seed(pipe, own):
     first = latents(pipe, build(own, A1111["DPM++ SDE"], 7), seed=7)
     assert not torch.equal(first, latents(pipe, build(own, A1111["DPM++ SDE"], 8), seed=7))
 
 
-def test_without_a_wish_the_checkpoints_own_class_is_built_anew(pipe):
-    own = small.sd15().scheduler
+def test_without_a_wish_the_checkpoints_own_class_is_built_anew(pipe, own):
     built = build(own, None, 7)
     assert type(built) is type(own)
     assert built is not own
@@ -119,37 +117,39 @@ def test_without_a_wish_the_checkpoints_own_class_is_built_anew(pipe):
 
 @pytest.mark.parametrize("name", ["Euler", "DPM++ 2M Karras", "UniPC", "Euler a"])
 def test_v_prediction_and_zero_terminal_snr_stay(name):
-    built = build(small.sd21().scheduler, A1111[name], 7)
+    snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    own = diffusers.DDIMScheduler.from_config(tiny.scheduler("sd21").config, **snr)
+    built = build(own, A1111[name], 7)
     assert built.config.prediction_type == "v_prediction"
     assert built.config.timestep_spacing == "trailing"
     assert built.config.rescale_betas_zero_snr
 
 
 def test_a_name_without_karras_takes_them_off_a_checkpoint_that_has_them():
-    own = diffusers.EulerDiscreteScheduler(**small.BETAS, use_karras_sigmas=True)
+    own = diffusers.EulerDiscreteScheduler(**tiny.BETAS, use_karras_sigmas=True)
     assert not build(own, A1111["DPM++ 2M"], 7).config.use_karras_sigmas
     assert build(own, Scheduler(class_name="LMSDiscreteScheduler"), 7).config.use_karras_sigmas
 
 
-def test_a_class_that_does_not_fit_is_refused_and_the_right_ones_are_named():
+def test_a_class_that_does_not_fit_is_refused_and_the_right_ones_are_named(own):
     wanted = Scheduler(class_name="FlowMatchEulerDiscreteScheduler")
     with pytest.raises(SchedulerError, match=r"FlowMatchEuler.*PNDMScheduler.*DDIMScheduler.*LMS"):
-        build(small.sd15().scheduler, wanted, 7)
+        build(own, wanted, 7)
 
 
-def test_a_checkpoint_with_a_distilled_sampler_takes_ordinary_ones_too(pipe):
-    own = build(small.sd15().scheduler, A1111["LCM"], 7)
-    stock = diffusers.EulerDiscreteScheduler.from_config(own.config)
-    assert torch.equal(latents(pipe, build(own, A1111["Euler"], 7)), latents(pipe, stock))
+def test_a_checkpoint_with_a_distilled_sampler_takes_ordinary_ones_too(pipe, own):
+    distilled = build(own, A1111["LCM"], 7)
+    usual = diffusers.EulerDiscreteScheduler.from_config(distilled.config)
+    assert torch.equal(latents(pipe, build(distilled, A1111["Euler"], 7)), latents(pipe, usual))
 
 
 @pytest.mark.parametrize("name", ["UNet2DConditionModel", "logging", "NoSuchScheduler"])
-def test_what_is_no_scheduler_is_refused(name):
+def test_what_is_no_scheduler_is_refused(name, own):
     with pytest.raises(SchedulerError, match=f"cannot use {name}"):
-        build(small.sd15().scheduler, Scheduler(class_name=name), 7)
+        build(own, Scheduler(class_name=name), 7)
 
 
-def test_a_setting_that_the_class_lacks_is_refused():
+def test_a_setting_that_the_class_lacks_is_refused(own):
     wanted = Scheduler(class_name="DDIMScheduler", settings={"use_karras_sigmas": True})
     with pytest.raises(SchedulerError, match="cannot set use_karras_sigmas of DDIMScheduler"):
-        build(small.sd15().scheduler, wanted, 7)
+        build(own, wanted, 7)
