@@ -23,6 +23,8 @@ from supervisor.settings import GB
 CACHE = "cache"
 KEPT_SUFFIXES = (".lock", ".tmp", ".incomplete")
 """Locks, and files that somebody still writes."""
+KEPT_NAMES = {"igi"}
+"""In the hub's folder, the records of what was downloaded: without them no model is found."""
 WALK_SECONDS = 600.0
 
 
@@ -90,7 +92,8 @@ class Quota:
             self._measured_bytes = measured
 
     async def watch(self, seconds: float = WALK_SECONDS) -> None:
-        """Walks now and every so often, for ever."""
+        """Finishes what an earlier crash left, then walks now and every so often, for ever."""
+        await to_thread.run_sync(remove_leftovers, self._data_dir)
         while True:
             await to_thread.run_sync(self.walk)
             await anyio.sleep(seconds)
@@ -169,9 +172,13 @@ def cache_entries(data_dir: Path) -> list[Entry]:
         for kind in _listed(data_dir / CACHE)
         if kind.is_dir(follow_symlinks=False)
         for entry in _listed(Path(kind.path))
-        if not entry.name.startswith(".") and not entry.name.endswith(KEPT_SUFFIXES)
+        if _may_go(entry.name)
     ]
     return [measure(path) for path in paths]
+
+
+def _may_go(name: str) -> bool:
+    return not (name.startswith(".") or name.endswith(KEPT_SUFFIXES) or name in KEPT_NAMES)
 
 
 def measure(path: Path) -> Entry:
@@ -198,7 +205,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(data_dir: Path) -> None:
-    """Finishes evictions that a crash cut short. At start."""
+    """Finishes evictions that a crash cut short."""
     for hidden in (data_dir / CACHE).glob("*/.*.evicted"):
         shutil.rmtree(hidden, ignore_errors=True)
         with suppress(OSError):

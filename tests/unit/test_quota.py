@@ -182,9 +182,9 @@ def test_a_use_outside_the_cache_is_none_of_its_business(data_dir: Path) -> None
     assert picture.stat().st_atime == 1000.0
 
 
-def test_locks_and_files_being_written_are_no_entries(data_dir: Path) -> None:
+def test_locks_records_and_files_being_written_are_no_entries(data_dir: Path) -> None:
     before = cached(data_dir)
-    for name in ("a.lock", "a.tmp", "a.incomplete", ".locks"):
+    for name in ("a.lock", "a.tmp", "a.incomplete", ".locks", "igi"):
         write(data_dir / "cache" / "converted" / name, 10)
     write(data_dir / "cache" / "stray", 10)
     assert cached(data_dir) == before
@@ -194,7 +194,7 @@ def test_an_eviction_that_a_crash_cut_short_is_finished_at_start(data_dir: Path)
     write(data_dir / "cache" / "hub" / ".models--x-1.evicted" / "blobs" / "a", 10)
     write(data_dir / "cache" / "converted" / ".a-1.evicted", 10)
     before = cached(data_dir)
-    remove_leftovers(data_dir)
+    remove_leftovers(data_dir.resolve())
     assert not list(data_dir.rglob("*.evicted"))
     assert cached(data_dir) == before
 
