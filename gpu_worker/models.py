@@ -60,6 +60,8 @@ def _refiner(request: Generate, library: Library, step: Nothing) -> Holding | No
 def load_vae(model: Model, library: Library, checkpoint: Holding) -> Holding:
     """A VAE to use with a checkpoint in place of its own. Raises Refusal where it does not fit."""
     holding = library.vae(model, pipeline_upcasts(checkpoint.pipeline))
+    if not hasattr(holding.module, "decode"):
+        raise _wrong_kind(model, holding, "vae", "a VAE")
     _same(model, holding, "vae", checkpoint, checkpoint.parts.get("vae"), "latent_channels")
     library.pair(checkpoint, holding)
     return holding
@@ -67,9 +69,17 @@ def load_vae(model: Model, library: Library, checkpoint: Holding) -> Holding:
 
 def _controlnet(model: Model, library: Library, checkpoint: Holding) -> Holding:
     holding = library.controlnet(model)
+    if "ControlNet" not in type(holding.module).__name__:
+        raise _wrong_kind(model, holding, "control_model", "a ControlNet")
     unet = checkpoint.parts.get("unet")
     _same(model, holding, "control_model", checkpoint, unet, "cross_attention_dim")
     return holding
+
+
+def _wrong_kind(model: Model, holding: Holding, field: str, needed: str) -> Refusal:
+    kind = type(holding.module).__name__
+    detail = f"cannot use {model.name!r} as {needed}: it is of class {kind}"
+    return Refusal("incompatible_model", detail, field)
 
 
 def _same(

@@ -25,7 +25,7 @@ REFINER_PIPELINE = "StableDiffusionXLImg2ImgPipeline"
 # What a refiner does not take over from the base's parameters.
 NOT_REFINED = frozenset({"image", "mask_image", "strength", "denoising_start", "denoising_end"})
 # What a pipeline raises about its arguments.
-COMPLAINTS = (TypeError, ValueError, AssertionError, NotImplementedError)
+COMPLAINTS = (TypeError, ValueError, ArithmeticError, AssertionError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,9 @@ def built(kind: type[Any], checkpoint: Model, parts: Mapping[str, Any]) -> Any:
             chosen[name] = parts[name]
         elif name in kind._optional_components:
             chosen[name] = None
+        elif name == "controlnet":
+            detail = f"cannot run {kind.__name__} without a control_model"
+            raise Refusal("invalid_request", detail, "control_model")
         elif parameter.default is inspect.Parameter.empty:
             detail = f"cannot run {kind.__name__} on {checkpoint.name!r}: it has no {name}"
             raise Refusal("incompatible_model", detail, "checkpoint")

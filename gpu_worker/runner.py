@@ -91,8 +91,7 @@ class SequentialRunner:
     def _answer(self, job: Job, error: BaseException) -> None:
         if not isinstance(error, (JobCancelled, failures.Refusal)):
             traceback.print_exception(error)
-        given = job.work.parameters if isinstance(job.work, Generate) else ()
-        answer = failures.outcome(job.work.job, error, given)
+        answer = failures.outcome(job.work.job, error, given_names(job.work))
         if failures.is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)
             device.free(self._start)
@@ -173,3 +172,10 @@ class SequentialRunner:
     def _tell_residency(self) -> None:
         models = self._library.residents()
         self._send(Residency(models=models, memory=device.memory(self._start)))
+
+
+def given_names(work: Work) -> set[str]:
+    """The names of the parameters and pictures that a request gives."""
+    if not isinstance(work, Generate):
+        return set()
+    return {*work.parameters, *work.images, *work.calls[0].parameters}
