@@ -28,6 +28,7 @@ class Layout:
     `rows` names the tensor whose dimension 0 counts them. `scalars` may be given as one
     number for all rows, and the module reads them as float32. `shared` tensors belong to
     no row: calls merge only where they are equal. `unread` arguments have no effect.
+    `leads` says that a denoiser's call follows.
     """
 
     rows: str
@@ -35,6 +36,7 @@ class Layout:
     shared: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     max_rows: int | None = None
+    leads: bool = False
 
     @property
     def rowless(self) -> frozenset[str]:

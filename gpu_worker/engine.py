@@ -97,6 +97,11 @@ class Body(greenlet):
     def rows(self) -> int:
         return 0 if self.call is None else self.call.rows
 
+    @property
+    def leads(self) -> bool:
+        layout = None if self.call is None else self.call.target.layout
+        return layout is not None and layout.leads
+
 
 class Engine:
     """All methods are called on one thread. `wake` is called on any thread when there

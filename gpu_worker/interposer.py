@@ -6,6 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,36 +19,45 @@ GENERATOR = frozenset({"generator"})
 # Decoding costs as much as several steps: a large batch of it would hold up everybody.
 VAE_ROWS = 4
 
-CONDITIONAL = Layout("sample", scalars=TIMESTEP)
+# The UNet and its ControlNets read one timestep for all rows or one a row, as float32
+# (diffusers.models.embeddings.get_timestep_embedding).
+UNET = Layout("sample", scalars=TIMESTEP)
 TRANSFORMER = Layout("hidden_states")
 POSITIONED = Layout("hidden_states", shared=IDS)
-TEXT = Layout("input_ids")
+TEXT = Layout("input_ids", leads=True)
+
+
+def _leading(layout: Layout) -> Layout:
+    return replace(layout, leads=True)
+
+
+def _vae(rows: str, leads: bool = False) -> Layout:
+    return Layout(rows, unread=GENERATOR, max_rows=VAE_ROWS, leads=leads)
+
 
 LAYOUTS: dict[tuple[str, str], Layout] = {
-    # These two read one timestep for all rows or one a row, as float32
-    # (diffusers.models.embeddings.get_timestep_embedding).
-    ("UNet2DConditionModel", "forward"): CONDITIONAL,
-    ("ControlNetModel", "forward"): CONDITIONAL,
-    ("ControlNetUnionModel", "forward"): CONDITIONAL,
+    ("UNet2DConditionModel", "forward"): UNET,
+    ("ControlNetModel", "forward"): _leading(UNET),
+    ("ControlNetUnionModel", "forward"): _leading(UNET),
     ("FluxTransformer2DModel", "forward"): POSITIONED,
-    ("FluxControlNetModel", "forward"): POSITIONED,
+    ("FluxControlNetModel", "forward"): _leading(POSITIONED),
     ("ChromaTransformer2DModel", "forward"): POSITIONED,
     ("SD3Transformer2DModel", "forward"): TRANSFORMER,
-    ("SD3ControlNetModel", "forward"): TRANSFORMER,
+    ("SD3ControlNetModel", "forward"): _leading(TRANSFORMER),
     ("PixArtTransformer2DModel", "forward"): TRANSFORMER,
     ("SanaTransformer2DModel", "forward"): TRANSFORMER,
-    ("SanaControlNetModel", "forward"): TRANSFORMER,
+    ("SanaControlNetModel", "forward"): _leading(TRANSFORMER),
     ("AuraFlowTransformer2DModel", "forward"): TRANSFORMER,
     ("CLIPTextModel", "forward"): TEXT,
     ("CLIPTextModelWithProjection", "forward"): TEXT,
     ("T5EncoderModel", "forward"): TEXT,
-    ("CLIPVisionModelWithProjection", "forward"): Layout("pixel_values"),
-    ("AutoencoderKL", "encode"): Layout("x", max_rows=VAE_ROWS),
-    ("AutoencoderKL", "decode"): Layout("z", unread=GENERATOR, max_rows=VAE_ROWS),
-    ("AutoencoderTiny", "encode"): Layout("x", max_rows=VAE_ROWS),
-    ("AutoencoderTiny", "decode"): Layout("x", unread=GENERATOR, max_rows=VAE_ROWS),
-    ("AutoencoderDC", "encode"): Layout("x", max_rows=VAE_ROWS),
-    ("AutoencoderDC", "decode"): Layout("z", max_rows=VAE_ROWS),
+    ("CLIPVisionModelWithProjection", "forward"): Layout("pixel_values", leads=True),
+    ("AutoencoderKL", "encode"): _vae("x", leads=True),
+    ("AutoencoderKL", "decode"): _vae("z"),
+    ("AutoencoderTiny", "encode"): _vae("x", leads=True),
+    ("AutoencoderTiny", "decode"): _vae("x"),
+    ("AutoencoderDC", "encode"): _vae("x", leads=True),
+    ("AutoencoderDC", "decode"): _vae("z"),
 }
 
 

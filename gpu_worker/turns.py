@@ -2,6 +2,10 @@
 
 Higher priority goes first, then whoever has waited longest. Being passed over is
 counted, and past PATIENCE it outranks every priority, so nobody waits for ever.
+
+Calls that lead up to a denoiser's, such as a ControlNet's, go before other calls of
+their priority: so their jobs come into the denoiser's next batch, where jobs that are
+out of step would otherwise never meet.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,6 +30,8 @@ class WaitingCall(Waiting, Protocol):
     def key(self) -> Hashable: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def leads(self) -> bool: ...
 
 
 class WaitingTask(Waiting, Protocol):
@@ -45,6 +51,11 @@ def rank(waiting: Waiting) -> tuple[int, int]:
     return (-(2**31) if overdue else -waiting.priority, waiting.order)
 
 
+def rank_of_call(call: WaitingCall) -> tuple[int, bool, int]:
+    level, order = rank(call)
+    return (level, call.passed_over < PATIENCE and not call.leads, order)
+
+
 def choose_calls(parked: Sequence[CallType], max_rows: Callable[[CallType], int]) -> list[CallType]:
     """The call whose turn it is and the calls that can merge with it, best first.
 
@@ -52,10 +63,10 @@ def choose_calls(parked: Sequence[CallType], max_rows: Callable[[CallType], int]
     """
     if not parked:
         return []
-    first = min(parked, key=rank)
+    first = min(parked, key=rank_of_call)
     room = max_rows(first) - first.rows
     chosen = [first]
-    for call in sorted((call for call in parked if call.key == first.key), key=rank):
+    for call in sorted((call for call in parked if call.key == first.key), key=rank_of_call):
         if call is not first and call.rows <= room:
             chosen.append(call)
             room -= call.rows

@@ -4,7 +4,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_worker.turns import PATIENCE, choose_calls, choose_task, rank
+from gpu_worker.turns import PATIENCE, choose_calls, choose_task, rank_of_call
 
 
 @dataclass
@@ -14,6 +14,7 @@ class Call:
     priority: int = 0
     order: int = 0
     passed_over: int = 0
+    leads: bool = False
 
 
 @dataclass
@@ -44,6 +45,13 @@ def test_priority_outranks_waiting() -> None:
     assert choose_calls([old, urgent], at_most(8)) == [urgent]
 
 
+def test_a_call_that_leads_up_to_another_goes_before_older_ones_of_its_priority() -> None:
+    old, leading = Call("a", order=1), Call("b", order=2, leads=True)
+    assert choose_calls([old, leading], at_most(8)) == [leading]
+    old.priority = 1
+    assert choose_calls([old, leading], at_most(8)) == [old]
+
+
 def test_a_call_passed_over_often_enough_outranks_every_priority() -> None:
     forgotten = Call("a", order=1, priority=-100, passed_over=PATIENCE)
     urgent = Call("b", order=2, priority=100)
@@ -68,6 +76,7 @@ calls = st.lists(
         priority=st.integers(-2, 2),
         order=st.integers(),
         passed_over=st.integers(0, 2 * PATIENCE),
+        leads=st.booleans(),
     ),
     min_size=1,
     max_size=12,
@@ -79,7 +88,7 @@ def test_what_is_chosen_merges_fits_and_holds_the_first_in_rank(
     parked: list[Call], rows: int
 ) -> None:
     chosen = choose_calls(parked, at_most(rows))
-    assert rank(chosen[0]) == min(rank(call) for call in parked)
+    assert rank_of_call(chosen[0]) == min(rank_of_call(call) for call in parked)
     assert len({call.key for call in chosen}) == 1
     assert len(chosen) == 1 or sum(call.rows for call in chosen) <= rows
     assert len({id(call) for call in chosen}) == len(chosen)
