@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from gpu_worker import loop
 from ipc.channel import BlockingChannel, Codec
-from ipc.messages import ToWorker
+from ipc.messages import Start, ToWorker
 
 PR_SET_PDEATHSIG = 1
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -62,7 +62,7 @@ def main() -> NoReturn:
     die_with_parent(given.parent)
     os.environ.update(OFFLINE)
 
-    def make_runner(start: loop.Start, send: loop.Send) -> loop.Runner:
+    def make_runner(start: Start, send: loop.Send) -> loop.Runner:
         from gpu_worker.runner import SequentialRunner
 
         return SequentialRunner(start, send)

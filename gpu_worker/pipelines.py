@@ -14,7 +14,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 
-from gpu_worker import images, schedulers
+from gpu_worker import images, prompts, schedulers
 from gpu_worker.failures import Refusal, RequestRefused
 from gpu_worker.library import Holding
 from gpu_worker.models import Models
@@ -46,12 +46,11 @@ class Part:
         bar = Bar(watch)
         for pipeline in (self.pipeline, *_within(self.pipeline)):
             pipeline.progress_bar = bar.opened
-        arguments = self.arguments | more
         if "callback_on_step_end" in call_parameters(type(self.pipeline)):
-            arguments["callback_on_step_end"] = bar.step_ended
+            more["callback_on_step_end"] = bar.step_ended
         try:
             with AttentionRestored(self.pipeline):
-                return self.pipeline(**arguments)
+                return self.pipeline(**prompts.encode(self.pipeline, self.arguments | more))
         except COMPLAINTS as error:
             if bar.begun:
                 raise
