@@ -3,8 +3,10 @@
 Also tells the webhooks of models that come and go. Nothing here waits for an endpoint.
 """
 
+import logging
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import anyio
 from anyio import to_thread
@@ -16,22 +18,37 @@ from supervisor.errors import Problem
 from supervisor.fleet import Observer
 from supervisor.jobs import Outcome
 from supervisor.outbox import Event
+from supervisor.quota import Quota
 from supervisor.records import Record
 from supervisor.settings import Settings
 from supervisor.storage import Storage
 from supervisor.worker import Worker
 
+log = logging.getLogger(__name__)
+
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+
+
+class Change(NamedTuple):
+    """Models that a worker has loaded and unloaded, at a time in Unix seconds."""
+
+    worker: int
+    at: float
+    loaded: list[messages.Resident]
+    unloaded: list[messages.Resident]
 
 
 class Keeper(Observer):
     """Stores pictures by the chosen strategy and writes events into the outbox."""
 
-    def __init__(self, settings: Settings, storage: Storage, deliverer: Deliverer) -> None:
+    def __init__(
+        self, settings: Settings, storage: Storage, deliverer: Deliverer, quota: Quota
+    ) -> None:
         self._settings = settings
         self._storage = storage
         self._deliverer = deliverer
-        self._changes, self._changed = anyio.create_memory_object_stream[list[Event]](float("inf"))
+        self._quota = quota
+        self._changes, self._changed = anyio.create_memory_object_stream[Change](float("inf"))
 
     async def reserve(self, batch_id: str, store: bool) -> None:
         """Raises Problem when pictures of this batch id cannot be stored."""
@@ -55,9 +72,17 @@ class Keeper(Observer):
         if store and not by_post:
             await self._write(record, outcome)
         events = await to_thread.run_sync(self._events, record, outcome, meta, names, by_post)
-        if events:
-            await self._deliverer.put(events)
+        if names and by_post:
+            await self._put_pictures(events)
+        else:
+            await self._put_or_log(events)
         return names
+
+    async def _put_pictures(self, events: list[Event]) -> None:
+        """With the post strategy an event is the picture: it counts, and it must not be lost."""
+        size_bytes = sum(len(event.payload) for event in events)
+        with self._quota.room(self._settings.data_dir, size_bytes):
+            await self._deliverer.put(events)
 
     async def _write(self, record: Record, outcome: Outcome) -> None:
         extension = EXTENSIONS[record.body.output_format]
@@ -108,23 +133,39 @@ class Keeper(Observer):
         loaded: list[messages.Resident],
         unloaded: list[messages.Resident],
     ) -> None:
-        urls = (self._settings.webhook_model_loaded, self._settings.webhook_model_unloaded)
-        if not any(urls):
-            return
-        kinds: list[tuple[webhooks.ModelEvent, list[messages.Resident]]] = [
-            ("model.loaded", loaded), ("model.unloaded", unloaded)
-        ]  # fmt: skip
-        node, now = self._node(), time.time()
-        for (kind, models), url in zip(kinds, urls, strict=True):
-            for model in models if url else ():
-                body = webhooks.model_event(
-                    kind, "checkpoint", model.checkpoint, worker.id, now, node
-                )
-                self._changes.send_nowait([Event(kind, str(url), body)])
+        self._changes.send_nowait(Change(worker.id, time.time(), loaded, unloaded))
 
     async def run(self) -> None:
-        async for events in self._changed:
-            await self._deliverer.put(events)
+        """Tells of models until it is cancelled."""
+        async for change in self._changed:
+            events = await to_thread.run_sync(self._model_events, change)
+            await self._put_or_log(events)
+
+    def _model_events(self, change: Change) -> list[Event]:
+        """Runs in a thread. What was just loaded is also the last to make room for others."""
+        for model in change.loaded:
+            self._quota.touch(Path(model.path))
+        told: list[tuple[webhooks.ModelEvent, list[messages.Resident]]] = [
+            ("model.loaded", change.loaded),
+            ("model.unloaded", change.unloaded),
+        ]
+        events = []
+        for kind, models in told:
+            url = webhooks.endpoint(self._settings, kind)
+            node = self._node() if url and models else None
+            for model in models if url else ():
+                body = webhooks.model_event(
+                    kind, "checkpoint", model.checkpoint, change.worker, change.at, node
+                )
+                events.append(Event(kind, str(url), body))
+        return events
+
+    async def _put_or_log(self, events: list[Event]) -> None:
+        try:
+            if events:
+                await self._deliverer.put(events)
+        except Problem as problem:  # a full disk; what happened has happened all the same
+            log.error("cannot tell webhooks", extra={"reason": problem.detail})
 
 
 def _name(record: Record, index: int) -> str:

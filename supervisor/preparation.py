@@ -226,3 +226,13 @@ def _inputs(
         "pipeline": message.pipeline,
         "parameters": given | texts | {"seed": seeds[0]},
     }
+
+
+def model_paths(message: messages.Generate | messages.Load | messages.Unload) -> set[str]:
+    """The files and folders that a job needs."""
+    if not isinstance(message, messages.Generate):
+        return {message.checkpoint.path}
+    models = [message.checkpoint, *message.controlnets, *(lora.model for lora in message.loras)]
+    models += [message.vae] if message.vae else []
+    models += [message.refiner.checkpoint] if message.refiner else []
+    return {model.path for model in models}

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -20,7 +21,7 @@ from supervisor.keeper import Keeper
 from supervisor.lives import Lives
 from supervisor.models import Models
 from supervisor.outbox import Outbox
-from supervisor.preparation import Preparation
+from supervisor.preparation import Preparation, model_paths
 from supervisor.quota import Quota
 from supervisor.service import Service
 from supervisor.settings import Settings, SettingsError
@@ -66,14 +67,22 @@ class Server:
             launch = preparation.load(settings.launch_checkpoint, settings.launch_vae, "launch")
         self.fleet = Fleet(settings, devices_of(settings), launch)
         self._lives = Lives(self.fleet, self._start_message, command)
-        self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes)
+        self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes, self._paths_in_use)
         self._outbox = Outbox(settings.data_dir / "outbox.sqlite3")
         self._storage = Storage(settings.image_dir, self._quota)
         self._deliverer = Deliverer(self._outbox, settings)
-        self._keeper = Keeper(settings, self._storage, self._deliverer)
+        self._keeper = Keeper(settings, self._storage, self._deliverer, self._quota)
         self.fleet.observers.append(self._keeper)
         self.service = Service(settings, self.fleet, preparation, self._keeper)
         self._app = app.build(self.service, models)
+
+    def _paths_in_use(self) -> set[Path]:
+        """What workers hold and jobs need; asked from threads."""
+        workers = list(self.fleet.workers.values())
+        held = {Path(model.path) for worker in workers for model in list(worker.models)}
+        jobs = [job for worker in workers for job in list(worker.running.values())]
+        jobs += list(self.fleet.queued.values())
+        return held | {Path(path) for job in jobs for path in model_paths(job.message)}
 
     def _start_message(self, worker: Worker) -> messages.Start:
         settings = self.settings

@@ -166,6 +166,12 @@ def _ascii_word(text: str) -> str:
     return text
 
 
+def _header_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", text):
+        raise ValueError(text)
+    return text
+
+
 def _header_value(text: str) -> str:
     if not re.fullmatch(r"[\x20-\x7e]+", text):
         raise ValueError(text)
@@ -232,7 +238,7 @@ VARIABLES = (
              "Told of each batch of pictures."),
     Variable("WEBHOOK_IMAGE_STORED", "webhook_image_stored", _url, _url_words,
              "Told of each picture that was stored; with the post strategy, sent it."),
-    Variable("WEBHOOK_AUTH_HEADER", "webhook_auth_header", _ascii_word, "a header's name",
+    Variable("WEBHOOK_AUTH_HEADER", "webhook_auth_header", _header_name, "a header's name",
              "Sent with each webhook."),
     Variable("WEBHOOK_AUTH_VALUE", "webhook_auth_value", _header_value, "printable ASCII",
              "The value of WEBHOOK_AUTH_HEADER."),
