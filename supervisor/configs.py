@@ -50,16 +50,19 @@ class Configuration:
         return checkpoint_traits(self.model_index, self.configs)
 
 
-def find(family: Family, kind: Kind, places: list[Path]) -> Configuration:
-    """The first complete folder. Raises InvalidModel naming every file missing from the first."""
+def find(family: Family, kind: Kind, places: list[tuple[Path, Path]]) -> Configuration:
+    """The first complete folder. Raises InvalidModel naming every file missing from the first.
+
+    Each place comes with the folder that its links must not lead out of.
+    """
     if family not in PARTS:
         raise InvalidModel(
             "a single file must be of a known family (sd15, sd21, sdxl, sdxl_refiner); "
             "others are served as Diffusers folders"
         )
     lacking: list[list[str]] = []
-    for place in places:
-        files = _files(place)
+    for place, root in places:
+        files = _files(place, root)
         missing = missing_files(family, kind, files)
         if not missing:
             return Configuration(place, files)
@@ -90,8 +93,8 @@ def _config_name(part: str) -> str:
     return "scheduler_config.json" if part == "scheduler" else "config.json"
 
 
-def _files(place: Path) -> Files:
+def _files(place: Path, root: Path) -> Files:
     try:
-        return folders.list_files(place, place.resolve())
+        return folders.list_files(place, root.resolve())
     except OSError:
         return {}

@@ -180,7 +180,7 @@ def check_weights(folder: Path, prefix: str, names: Iterable[str], files: Files)
         except InvalidModel as error:
             raise InvalidModel(f"{prefix}{name}: {error}") from None
     for name in names:
-        if name.endswith(".safetensors.index.json"):
+        if re.search(r"\.safetensors\.index\.([a-z0-9]+\.)?json$", name):
             _check_shards(read_json(folder, prefix + name, files), prefix, names)
 
 

@@ -5,28 +5,24 @@ repository of the hub. Whatever a name tries, what is missing and what is forbid
 the same answer. This is file work: callers run it in a thread.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
 
-import msgspec
-
-from ipc.messages import Family, Model
-from supervisor import configs, folders
+from ipc.messages import Model
+from supervisor import configs, folders, resolved
 from supervisor.errors import Problem
 from supervisor.families import (
     Kind,
-    Traits,
     WrongKind,
-    checkpoint_traits,
-    file_traits,
     misfit,
-    module_traits,
     spelled,
 )
-from supervisor.headers import InvalidModel, read_header
+from supervisor.headers import InvalidModel
+from supervisor.hub import Hub, unknown
+from supervisor.resolved import ResolvedModel as ResolvedModel  # callers take it from here
 from supervisor.settings import Settings
-from supervisor.sidecars import MAX_SIDECAR_BYTES, Sidecar, read_sidecar
+from supervisor.sidecars import Sidecar
 
 FOLDERS: dict[Kind, str] = {
     "checkpoint": "checkpoints", "vae": "vae", "lora": "lora", "controlnet": "controlnet",
@@ -41,43 +37,6 @@ DEMO: dict[tuple[Kind, str], str] = {
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 4
 MAX_REMEMBERED = 1000
-
-
-class ResolvedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked model: what a worker is told, and what the supervisor decides by."""
-
-    model: Model
-    kind: Kind
-    traits: Traits
-    defaults: dict[str, Any] = {}
-    """Default parameters from the sidecar, `scheduler` and `a1111_scheduler` among them."""
-    components: dict[str, str] = {}
-    """A checkpoint's components and their classes; the pipeline's is `traits.class_name`."""
-
-    @property
-    def class_name(self) -> str | None:
-        """A checkpoint's pipeline class, another module's own."""
-        return self.traits.class_name
-
-    @property
-    def scheduler(self) -> str | None:
-        """The scheduler's class unless a caller says otherwise: the sidecar's, else its own."""
-        told = self.defaults.get("scheduler")
-        return told if isinstance(told, str) else self.components.get("scheduler")
-
-    @property
-    def has_safety_checker(self) -> bool:
-        return {"safety_checker", "feature_extractor"} <= self.components.keys()
-
-
-class Hub(Protocol):
-    """Where repositories come from; each call blocks until all is there, and raises Problem."""
-
-    cache_dir: Path
-
-    def fetch(self, kind: Kind, name: str) -> Path: ...
-
-    def fetch_config(self, family: Family) -> Path: ...
 
 
 class Models:
@@ -102,8 +61,8 @@ class Models:
         self, kind: Kind, name: str, checkpoint: ResolvedModel | None = None
     ) -> ResolvedModel:
         """Raises Problem. A single file's configuration may be that of its `checkpoint`."""
-        path, root = self._locate(kind, name)
         try:
+            path, root = self._locate(kind, name)
             if path.is_dir():
                 return self._folder(kind, name, path, root)
             return self._file(kind, name, path, checkpoint)
@@ -122,8 +81,8 @@ class Models:
             if reason:
                 raise Problem(
                     "incompatible_model",
-                    f"cannot use the {spelled(other.kind)} {_shown(other)} with the "
-                    f"checkpoint {_shown(checkpoint)}: {reason}",
+                    f"cannot use the {spelled(other.kind)} {resolved.shown(other)} with the "
+                    f"checkpoint {resolved.shown(checkpoint)}: {reason}",
                     field=FIELDS[other.kind],
                 )
 
@@ -153,7 +112,8 @@ class Models:
             path = root / FOLDERS[kind] / name
             if folders.is_inside(path, root) and (path.is_file() or _is_model(path)):
                 return path.resolve(), root
-            if self.hub is not None:
+            group = root / FOLDERS[kind] / name.split("/")[0]
+            if self.hub is not None and not os.path.lexists(group):
                 return self.hub.fetch(kind, name), self.hub.cache_dir.resolve()
         raise unknown(kind)
 
@@ -164,11 +124,11 @@ class Models:
             return known
         model = Model(name=name, path=str(path))
         if kind == "checkpoint":
-            found = _checkpoint_folder(model, path, files)
+            found = resolved.checkpoint_folder(model, path, files)
         else:
-            found = _module_folder(kind, model, path, files)
-        sidecar = _sidecar(path / "igi.json") if "igi.json" in files else Sidecar()
-        return self._remember((kind, name), state, _with_sidecar(found, sidecar))
+            found = resolved.module_folder(kind, model, path, files)
+        sidecar = resolved.sidecar_at(path / "igi.json") if "igi.json" in files else Sidecar()
+        return self._remember((kind, name), state, resolved.with_sidecar(found, sidecar))
 
     def _file(
         self, kind: Kind, name: str, path: Path, checkpoint: ResolvedModel | None
@@ -178,26 +138,30 @@ class Models:
         state = tuple(folders.signature(file.stat()) for file in read)
         found = self._recall((kind, name), state)
         if found is None:
-            bare = _single_file(kind, Model(name=name, path=str(path), single_file=True), path)
-            sidecar = _sidecar(read[1]) if len(read) > 1 else Sidecar()
-            found = self._remember((kind, name), state, _with_sidecar(bare, sidecar))
+            bare = resolved.single_file(
+                kind, Model(name=name, path=str(path), single_file=True), path
+            )
+            sidecar = resolved.sidecar_at(read[1]) if len(read) > 1 else Sidecar()
+            found = self._remember((kind, name), state, resolved.with_sidecar(bare, sidecar))
         return found if kind == "lora" else self._with_config(found, checkpoint)
 
     def _with_config(self, found: ResolvedModel, checkpoint: ResolvedModel | None) -> ResolvedModel:
         """A lone module's configuration is its checkpoint's, else the one of its family."""
         if found.kind != "checkpoint" and checkpoint is not None:
-            return _with(found, config=checkpoint.model.config or checkpoint.model.path)
+            return resolved.told(found, config=checkpoint.model.config or checkpoint.model.path)
         family = found.model.family
-        places = [self.model_dir / "configs" / family]
+        places = [(self.model_dir / "configs" / family, self.model_dir)]
         try:
             configuration = configs.find(family, found.kind, places)
-        except InvalidModel:
+        except InvalidModel as missing:
             if self.hub is None or family not in configs.PARTS:
                 raise
-            configuration = configs.find(
-                family, found.kind, [*places, self.hub.fetch_config(family)]
-            )
-        return _configured(found, configuration)
+            try:
+                places.append((self.hub.fetch_config(family), self.hub.cache_dir))
+            except (Problem, InvalidModel):
+                raise missing from None
+            configuration = configs.find(family, found.kind, places)
+        return resolved.configured(found, configuration)
 
     def _recall(self, key: object, state: object) -> ResolvedModel | None:
         before, known = self._remembered.get(key, (None, None))
@@ -219,92 +183,9 @@ def is_safe_name(name: str) -> bool:
     )
 
 
-def unknown(kind: Kind) -> Problem:
-    """The one answer for what is missing and what is forbidden."""
-    return Problem("unknown_model", f"there is no {spelled(kind)} of this name that may be used")
-
-
 FIELDS: dict[Kind, str] = {
     "checkpoint": "refiner_model", "vae": "vae", "lora": "loras", "controlnet": "control_model",
 }  # fmt: skip
-
-
-def _shown(found: ResolvedModel) -> str:
-    family = found.traits.family
-    return f"{found.model.name!r}" + (f" (family {family})" if family else "")
-
-
-def _checkpoint_folder(model: Model, path: Path, files: folders.Files) -> ResolvedModel:
-    if "model_index.json" not in files and "config.json" in files:
-        config = folders.read_json(path, "config.json", files)
-        raise WrongKind(f"it is a {str(config.get('_class_name'))[:99]}, not a checkpoint")
-    checked = folders.read_checkpoint(path, files)
-    traits = checkpoint_traits(checked.model_index, checked.configs)
-    return ResolvedModel(
-        model=model, kind="checkpoint", traits=traits, components=checked.components
-    )
-
-
-def _module_folder(kind: Kind, model: Model, path: Path, files: folders.Files) -> ResolvedModel:
-    if kind == "lora" or "model_index.json" in files:
-        raise WrongKind(f"it is a folder of another kind of model, not a {spelled(kind)}")
-    folders.check_no_code(files)
-    config = folders.read_json(path, "config.json", files)
-    traits = module_traits(kind, config)
-    folders.check_weights(path, "", files, files)
-    return ResolvedModel(model=model, kind=kind, traits=traits)
-
-
-def _single_file(kind: Kind, model: Model, path: Path) -> ResolvedModel:
-    header = read_header(path)
-    if path.suffix != ".safetensors":
-        raise InvalidModel("its name must end in .safetensors")
-    traits = file_traits(kind, header.tensors, header.metadata)
-    return ResolvedModel(model=model, kind=kind, traits=traits)
-
-
-def _sidecar(path: Path) -> Sidecar:
-    if path.stat().st_size > MAX_SIDECAR_BYTES:
-        raise InvalidModel(f"its sidecar {path.name} is larger than {MAX_SIDECAR_BYTES} bytes")
-    return read_sidecar(path.read_bytes(), path.name)
-
-
-def _with_sidecar(found: ResolvedModel, sidecar: Sidecar) -> ResolvedModel:
-    """The family goes into traits and model alike; a prediction type is told only if known."""
-    traits = found.traits
-    if sidecar.family is not msgspec.UNSET:
-        traits = msgspec.structs.replace(traits, family=sidecar.family)
-    if sidecar.prediction_type is not msgspec.UNSET:
-        traits = msgspec.structs.replace(traits, prediction_type=sidecar.prediction_type)
-    told = found.model.single_file or sidecar.prediction_type is not msgspec.UNSET
-    changed = msgspec.structs.replace(found, traits=traits, defaults=sidecar.defaults())
-    return _with(
-        changed,
-        family=traits.family or "other",
-        prediction_type=traits.prediction_type if told else None,
-    )
-
-
-def _configured(found: ResolvedModel, configuration: configs.Configuration) -> ResolvedModel:
-    """A single file with what its configuration tells: classes, and the latents' scale."""
-    there, here = configuration.traits, found.traits
-    widths = {there.cross_attention_dim, here.cross_attention_dim} - {None}
-    if len(widths) > 1:
-        raise InvalidModel(f"its widths are not those of configs/{found.model.family}")
-    traits = msgspec.structs.replace(
-        here,
-        class_name=here.class_name or there.class_name,
-        scaling_factor=there.scaling_factor if found.kind != "controlnet" else None,
-        prediction_type=here.prediction_type or there.prediction_type,
-    )
-    components = configuration.components if found.kind == "checkpoint" else {}
-    complete = msgspec.structs.replace(found, traits=traits, components=components)
-    return _with(complete, config=str(configuration.folder))
-
-
-def _with(found: ResolvedModel, **changes: Any) -> ResolvedModel:
-    """The same with the worker's view of it changed."""
-    return msgspec.structs.replace(found, model=msgspec.structs.replace(found.model, **changes))
 
 
 def _exists(place: str) -> bool:
