@@ -25,27 +25,19 @@ SIZE = {"width": 64, "height": 64}
 Job = Callable[[], torch.Tensor]
 
 
-def stock_pipeline(family: str) -> Any:
-    parts: dict[str, Any] = {
-        "vae": tiny.vae(family, 0),
-        "unet": tiny.unet(family, 0),
-        "scheduler": tiny.scheduler(family),
-    }
-    for index in tiny.text_indices(family):
-        suffix = "_2" if index else ""
-        parts[f"tokenizer{suffix}"] = tiny.tokenizer(second=index == 1)
-        parts[f"text_encoder{suffix}"] = tiny.text_encoder(family, index, 0)
-    return tiny.pipeline(family, parts)
+def stock_pipeline(folder: Path, family: str) -> Any:
+    tiny.build_checkpoint(folder / family, family)
+    return diffusers.DiffusionPipeline.from_pretrained(folder / family)
 
 
 @pytest.fixture(scope="module")
-def sd15() -> Any:
-    return stock_pipeline("sd15")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return stock_pipeline(tmp_path_factory.mktemp("checkpoints"), "sd15")
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Any:
-    return stock_pipeline("sdxl")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return stock_pipeline(tmp_path_factory.mktemp("checkpoints"), "sdxl")
 
 
 def own(pipe: Any, kind: str | None = None, scheduler: str | None = None, **parts: Any) -> Any:
@@ -428,8 +420,8 @@ def test_a_failing_and_a_cancelled_job_do_not_touch_their_batch_mates(sd15: Any)
     assert ends["gone"]
 
 
-def test_a_dropped_checkpoint_is_freed_though_it_was_adopted() -> None:
-    pipe = stock_pipeline("sd15")
+def test_a_dropped_checkpoint_is_freed_though_it_was_adopted(tmp_path: Path) -> None:
+    pipe = stock_pipeline(tmp_path, "sd15")
     engine = engine_of(pipe)
     engine.submit(Task(1, job(pipe, 1, num_inference_steps=1, **SIZE)))
     engine.run_until_idle()
