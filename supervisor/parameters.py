@@ -151,7 +151,7 @@ RULES: Mapping[str, Rule] = {
     "adapter_conditioning_scale": _scale("The adapter's weight.", 10),
     "adapter_conditioning_factor": _fraction("The fraction of the steps the adapter is used in."),
     # Text encoders
-    "clip_skip": Rule("How many of CLIP's last layers to leave out.", 0, 31),
+    "clip_skip": Rule("How many of CLIP's last layers to leave out.", 0, 24),
     "max_sequence_length": Rule("How many tokens of the prompt are read.", 1, 8192),
     "tokenizer_max_length": Rule("How many tokens of the prompt are read.", 1, 8192),
     "text_encoder_out_layers": Rule("The text encoder's layers that are read.", 0, 1000),
