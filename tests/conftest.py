@@ -19,9 +19,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MODEL_DIR with tiny models, each under its family's name: `controlnet/sdxl-b`, …"""
     from tests.tools import tiny, tiny_lora
+    from tests.tools.tiny_families import FAMILIES
 
     root = tmp_path_factory.mktemp("models")
-    for family in tiny.FAMILIES:
+    for family in FAMILIES:
         tiny.build_checkpoint(root / "checkpoints" / family, family)
     for family in ("sd15", "sd21", "sdxl"):
         for seed, letter in ((1, "a"), (2, "b")):

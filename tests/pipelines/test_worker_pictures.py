@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ipc import messages as m
-from tests.tools import tiny
+from tests.tools import tiny, tiny_families
 from tests.tools.worker_client import WorkerClient, pictures
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ class Bench:
         self.models = models
 
     def model(self, name: str) -> m.Model:
-        family = FAMILIES.get(name, name if name in tiny.FAMILIES else "other")
+        family = FAMILIES.get(name, name if name in tiny_families.FAMILIES else "other")
         return m.Model(name=name, path=str(self.models / name), family=family)  # type: ignore[arg-type]
 
     def ours(
