@@ -19,7 +19,7 @@ DRAWN_SEEDS = 2**32
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
 Scale = Annotated[float, Meta(ge=-100, le=100)]
-BatchId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_\-][A-Za-z0-9._\-]{0,99}\Z")]
+BatchId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,78 @@
+"""Who may import whom: the walls of docs/architecture.md, read from the sources."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = {"torch", "diffusers", "transformers", "peft", "compel", "accelerate"}
+DOING = {"asyncio", "anyio", "socket", "subprocess", "hypercorn", "starlette"}
+FORBIDDEN = {
+    "ipc": HEAVY | DOING | {"supervisor", "gpu_worker"},
+    "supervisor": HEAVY | {"gpu_worker"},
+    "gpu_worker": {"supervisor", "starlette", "hypercorn"},
+}
+# They decide and never do: nothing of the outside reaches them but their arguments.
+PURE = ("settings", "errors", "states", "placement", "jobs", "estimates", "worker", "requests",
+        "headers", "families", "catalogue", "parameters", "schedulers", "webhooks")  # fmt: skip
+OWNERS_OF_SUBPROCESSES = {"supervisor/worker_process.py"}
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_package_keeps_to_its_side_of_the_wall(package: str) -> None:
+    wrong = {
+        str(path.relative_to(ROOT)): crossed
+        for path in (ROOT / package).rglob("*.py")
+        if (crossed := tops(path) & FORBIDDEN[package])
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_a_pure_file_imports_nothing_that_acts(name: str) -> None:
+    path = ROOT / "supervisor" / f"{name}.py"
+    if name == "webhooks":
+        assert not tops(path) & {"subprocess", "asyncio", "socket"}
+    else:
+        assert not tops(path) & (DOING | {"psutil", "httpx"})
+
+
+def test_one_file_starts_processes() -> None:
+    """The command line may start a server; it does so without a process of its own."""
+    users = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "supervisor").rglob("*.py")
+        if "subprocess" in tops(path)
+    }
+    assert users == OWNERS_OF_SUBPROCESSES
+
+
+def test_a_supervisor_that_is_whole_has_not_loaded_torch() -> None:
+    code = (
+        "import sys, supervisor.server, supervisor.cli; "
+        f"print(sorted({HEAVY | {'gpu_worker'}!r} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "[]", shown.stderr
+
+
+def test_the_loop_of_a_worker_knows_no_torch() -> None:
+    code = "import sys, gpu_worker.loop; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.stdout.strip() == "False", shown.stderr
