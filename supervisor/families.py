@@ -8,7 +8,7 @@ OpenCLIP's text encoder alone.
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, assert_never, get_args
 
 import msgspec
 
@@ -140,6 +140,8 @@ def file_traits(kind: Kind, tensors: Tensors, metadata: Mapping[str, str]) -> Tr
             )
         case "lora":
             return Traits(family=_lora_family(tensors), cross_attention_dim=_lora_cross(tensors))
+        case _ as never:
+            assert_never(never)
 
 
 def _checkpoint_file_traits(tensors: Tensors, metadata: Mapping[str, str]) -> Traits:
@@ -164,14 +166,23 @@ def _checkpoint_file_traits(tensors: Tensors, metadata: Mapping[str, str]) -> Tr
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.")
 
 
+ADDED: dict[str, Family] = {
+    "conditioner.embedders.0.transformer.": "sdxl",
+    "conditioner.embedders.0.model.": "sdxl_refiner",
+}
+"""SDXL begins with OpenAI's text encoder, its refiner with OpenCLIP's."""
+
+
 def _checkpoint_file_family(tensors: Tensors) -> Family:
     first = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     if first is None or first.shape[1:2] not in [(4,), (9,)] or "edm_mean" in tensors:
         return "other"
-    if _has_added_conditions(tensors):
-        base = any(name.startswith("conditioner.embedders.0.transformer.") for name in tensors)
-        return "sdxl" if base else "sdxl_refiner"
-    return _plain_family(tensors)
+    if not _has_added_conditions(tensors):
+        return _plain_family(tensors)
+    for prefix, family in ADDED.items():
+        if any(name.startswith(prefix) for name in tensors):
+            return family
+    return "other"  # unCLIP, for one
 
 
 def _has_added_conditions(tensors: Tensors) -> bool:

@@ -140,8 +140,7 @@ def check_component(
         missing = missing_tokenizer_files(class_name, names)
         if missing:
             raise InvalidModel("it lacks " + ", ".join(prefix + name for name in missing))
-        if "tokenizer_config.json" in names:
-            read_json(folder, prefix + "tokenizer_config.json", files)
+        read_json(folder, prefix + "tokenizer_config.json", files)
         return None
     if class_name.endswith(("Processor", "ProcessorFast", "FeatureExtractor")):
         read_json(folder, prefix + "preprocessor_config.json", files)
@@ -186,8 +185,9 @@ def check_weights(folder: Path, prefix: str, names: Iterable[str], files: Files)
 
 def _check_shards(index: Mapping[str, Any], prefix: str, names: set[str]) -> None:
     shards = index.get("weight_map")
-    wanted = set(map(str, shards.values())) if isinstance(shards, dict) else {"its shards"}
-    missing = sorted(wanted - names)
+    if not isinstance(shards, dict):
+        raise InvalidModel(f"{prefix} has an index of shards without a weight_map")
+    missing = set(map(str, shards.values())) - names
     if missing:
         raise InvalidModel(f"{prefix} lacks {len(missing)} of its shards of weights")
 

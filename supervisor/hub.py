@@ -96,8 +96,8 @@ class Hub:
             source = Source(repo, None, "checkpoint", lambda names, read: config_files(names))
             try:
                 return self._once(f"config {repo}", source)[0]
-            except Problem as problem:
-                log.warning("cannot fetch the configurations of %s: %s", repo, problem.detail)
+            except Problem:
+                continue
         raise unknown("checkpoint")
 
     def _is_allowed(self, repo: str) -> bool:
@@ -117,6 +117,7 @@ class Hub:
                 try:
                     return self._download(key, source)
                 except (Problem, InvalidModel) as problem:
+                    log.warning("cannot download the %s", key, exc_info=problem.__cause__)
                     self._failures[key] = (time.monotonic() + REST_SECONDS, problem)
                     raise
         finally:
@@ -127,8 +128,8 @@ class Hub:
         if problem is not None and time.monotonic() < until:
             self._failures[key] = (until, problem)
             raise problem
-        if len(self._failures) > 1000:
-            self._failures.clear()
+        for old in [old for old, (until, _) in self._failures.items() if until < time.monotonic()]:
+            del self._failures[old]
 
     def _record(self, key: str) -> Path:
         return self.cache_dir / "igi" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -27,6 +27,10 @@ from supervisor.sidecars import Sidecar
 FOLDERS: dict[Kind, str] = {
     "checkpoint": "checkpoints", "vae": "vae", "lora": "lora", "controlnet": "controlnet",
 }  # fmt: skip
+FIELDS: dict[Kind, str] = {
+    "checkpoint": "checkpoint", "vae": "vae", "lora": "loras", "controlnet": "control_model",
+}  # fmt: skip
+"""Where a request names each kind."""
 DEMO_DIR = Path(__file__).resolve().parent.parent / "gpu_worker" / "demo"
 DEMO: dict[tuple[Kind, str], str] = {
     ("checkpoint", "demo"): "checkpoint",
@@ -58,20 +62,34 @@ class Models:
         return demo + sorted(_names_below(top, self.model_dir.resolve()))
 
     def resolve(
-        self, kind: Kind, name: str, checkpoint: ResolvedModel | None = None
+        self,
+        kind: Kind,
+        name: str,
+        checkpoint: ResolvedModel | None = None,
+        field: str | None = None,
     ) -> ResolvedModel:
-        """Raises Problem. A single file's configuration may be that of its `checkpoint`."""
+        """A single file's configuration may be that of its `checkpoint`.
+
+        Raises Problem for `field`, which is the request's usual one for this kind.
+        """
         try:
-            path, root = self._locate(kind, name)
-            if path.is_dir():
-                return self._folder(kind, name, path, root)
-            return self._file(kind, name, path, checkpoint)
+            return self._resolved(kind, name, checkpoint)
         except WrongKind as error:
-            raise Problem("incompatible_model", f"cannot use {name!r}: {error}") from None
+            problem = Problem("incompatible_model", f"cannot use {name!r}: {error}")
         except InvalidModel as error:
-            raise Problem("invalid_model", f"cannot use {name!r}: {error}") from None
+            problem = Problem("invalid_model", f"cannot use {name!r}: {error}")
         except OSError:
-            raise Problem("invalid_model", f"cannot use {name!r}: it cannot be read") from None
+            problem = Problem("invalid_model", f"cannot use {name!r}: it cannot be read")
+        except Problem as known:
+            problem = known
+        problem.field = field or FIELDS[kind]
+        raise problem from None
+
+    def _resolved(self, kind: Kind, name: str, checkpoint: ResolvedModel | None) -> ResolvedModel:
+        path, root = self._locate(kind, name)
+        if path.is_dir():
+            return self._folder(kind, name, path, root)
+        return self._file(kind, name, path, checkpoint)
 
     @staticmethod
     def check_fit(checkpoint: ResolvedModel, others: Iterable[ResolvedModel]) -> None:
@@ -83,7 +101,7 @@ class Models:
                     "incompatible_model",
                     f"cannot use the {spelled(other.kind)} {resolved.shown(other)} with the "
                     f"checkpoint {resolved.shown(checkpoint)}: {reason}",
-                    field=FIELDS[other.kind],
+                    field="refiner_model" if other.kind == "checkpoint" else FIELDS[other.kind],
                 )
 
     def safety_checker(self, checkpoint: ResolvedModel) -> Model | bool:
@@ -181,11 +199,6 @@ def is_safe_name(name: str) -> bool:
     return len(name.encode()) <= MAX_NAME_BYTES and all(
         part and not part.startswith(".") for part in name.split("/")
     )
-
-
-FIELDS: dict[Kind, str] = {
-    "checkpoint": "refiner_model", "vae": "vae", "lora": "loras", "controlnet": "control_model",
-}  # fmt: skip
 
 
 def _exists(place: str) -> bool:

@@ -1,5 +1,6 @@
 """Downloads from a hub on this machine: which files, how often, and what faults lead to."""
 
+import errno
 import json
 import pickle
 import threading
@@ -160,6 +161,36 @@ def test_a_hub_that_cannot_be_reached_is_said_and_then_left_alone(tmp_path: Path
     assert problems[0].code == "unavailable"
     assert problems[0].retry_after
     assert problems[1] is problems[0]
+
+
+def test_a_full_disk_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(hub, "_download_files", full)
+    with pytest.raises(Problem) as caught:
+        hub.fetch("checkpoint", "org/model")
+    assert caught.value.code == "storage_full"
+
+
+def test_downloads_leave_threads_for_the_rest_of_the_server(
+    hub: Hub, hub_server: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_waiting", threading.Semaphore(0))
+    with pytest.raises(Problem) as caught:
+        hub.fetch("checkpoint", "org/model")
+    assert (caught.value.code, caught.value.retry_after) == ("unavailable", 10)
+
+
+def test_missing_configurations_are_named_when_the_hub_does_not_give_them(
+    tmp_path: Path, hub: Hub
+) -> None:
+    shapes = weights.single_file_shapes("sd21")
+    safetensors(tmp_path / "models" / "checkpoints" / "one.safetensors", shapes)
+    with pytest.raises(Problem) as caught:
+        Models(settings_for(tmp_path), hub).resolve("checkpoint", "one.safetensors")
+    assert caught.value.code == "invalid_model"
+    assert "configs/sd21/unet/config.json" in caught.value.detail
 
 
 def test_a_pipeline_with_code_of_its_own_is_refused_before_its_weights(

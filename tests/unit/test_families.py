@@ -91,6 +91,21 @@ def test_a_single_file_tells_its_prediction_type_where_its_maker_left_a_mark() -
     assert marked.prediction_type == "v_prediction"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model.diffusion_model.label_emb.0.0.weight": (8, 8)},
+        {"model.diffusion_model.input_blocks.0.0.weight": (8, 5, 3, 3)},
+        {"edm_mean": (4,)},
+    ],
+)
+def test_a_single_file_that_only_looks_like_a_family_is_other(
+    changes: dict[str, tuple[int, ...]],
+) -> None:
+    shapes = weights.single_file_shapes("sd21") | changes
+    assert file_traits("checkpoint", tensors(shapes), {}).family == "other"
+
+
 def test_a_transformer_in_a_single_file_is_other() -> None:
     shapes = {"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": (8,)}
     assert file_traits("checkpoint", tensors(shapes), {}).family == "other"

@@ -114,7 +114,8 @@ def traps(root: Path) -> None:
 def test_what_is_forbidden_is_answered_as_what_is_missing(models: Models, kind: Kind) -> None:
     answers = {refusal(models, kind, name).detail for name in FORBIDDEN}
     assert len(answers) == 1
-    assert refusal(models, kind, "missing").code == "unknown_model"
+    problem = refusal(models, kind, "missing")
+    assert (problem.code, problem.field) == ("unknown_model", models_module.FIELDS[kind])
 
 
 @pytest.mark.usefixtures("traps")
@@ -231,6 +232,11 @@ INDEX = weights.model_index("sd15")
             {"unet/diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "b"}}},
             "unet/ lacks 1 of its shards",
         ),
+        ({"unet/diffusion_pytorch_model.safetensors.index.fp16.json": {}}, "weight_map"),
+        (
+            {"model_index.json": INDEX | {"tokenizer_3": ["transformers", "T5Tokenizer"]}},
+            "tokenizer_3/tokenizer_config.json, tokenizer_3/tokenizer.json",
+        ),
     ],
 )
 def test_a_folder_with_code_or_without_a_needed_file_is_refused(
@@ -240,6 +246,40 @@ def test_a_folder_with_code_or_without_a_needed_file_is_refused(
     problem = refusal(models, "checkpoint", "sd15")
     assert problem.code == "invalid_model"
     assert named in problem.detail
+
+
+def test_a_folder_of_very_many_files_is_refused(models: Models, root: Path) -> None:
+    broken(root, {f"unet/{number}.txt": b"" for number in range(1001)})
+    assert "more than 1000 files" in refusal(models, "checkpoint", "sd15").detail
+
+
+def test_hidden_files_in_a_folder_are_not_looked_at(models: Models, root: Path) -> None:
+    files(root / "checkpoints" / "sd15", {".git/hook.py": None, "unet/.cache": None})
+    assert models.resolve("checkpoint", "sd15").model.family == "sd15"
+
+
+def test_an_index_whose_shards_are_there_is_taken(models: Models, root: Path) -> None:
+    index = {"weight_map": {"weight": "diffusion_pytorch_model.safetensors"}}
+    broken(root, {"unet/diffusion_pytorch_model.safetensors.index.json": index})
+    assert models.resolve("checkpoint", "sd15").model.family == "sd15"
+
+
+def test_what_lies_deep_in_a_folder_is_not_looked_at(models: Models, root: Path) -> None:
+    deep = root / "checkpoints" / "sd15" / "a" / "b" / "c"
+    files(deep, {f"{number}.txt": None for number in range(3)})
+    assert models.resolve("checkpoint", "sd15").model.family == "sd15"
+
+
+def test_a_tokenizer_of_another_kind_may_keep_its_tokens_in_a_model_file(
+    models: Models, root: Path
+) -> None:
+    changes = {
+        "model_index.json": INDEX | {"tokenizer_3": ["transformers", "T5Tokenizer"]},
+        "tokenizer_3/tokenizer_config.json": {},
+        "tokenizer_3/spiece.model": b"",
+    }
+    broken(root, changes)
+    assert models.resolve("checkpoint", "sd15").components["tokenizer_3"] == "T5Tokenizer"
 
 
 def test_a_component_with_pickles_alone_is_refused(models: Models, root: Path) -> None:
@@ -332,6 +372,8 @@ def test_a_model_of_another_kind_is_told_as_what_it_is(models: Models, root: Pat
     assert "it is a LoRA, not a checkpoint" in problem.detail
     files(root / "vae" / "whole", weights.checkpoint_files("sd15"))
     assert refusal(models, "vae", "whole").code == "incompatible_model"
+    files(root / "checkpoints" / "lone", {"config.json": {"_class_name": "AutoencoderKL"}})
+    assert "it is a AutoencoderKL" in refusal(models, "checkpoint", "lone").detail
 
 
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.13025}
@@ -427,6 +469,39 @@ def test_a_lone_vae_or_controlnet_takes_its_checkpoints_configuration(
     for kind, name in kinds.items():
         found = models.resolve(kind, name, checkpoint)
         assert found.model.config == checkpoint.model.path
+
+
+def test_a_lone_vae_may_say_its_family_itself(models: Models, root: Path) -> None:
+    safetensors(root / "vae" / "v.safetensors", {"decoder.conv_in.weight": (8, 4, 3, 3)})
+    assert "known family" in refusal(models, "vae", "v.safetensors").detail
+    (root / "vae" / "v.json").write_text('{"family": "sdxl"}')
+    assert "configs/sdxl/vae/config.json" in refusal(models, "vae", "v.safetensors").detail
+    files(root / "configs" / "sdxl", {"vae/config.json": VAE})
+    found = models.resolve("vae", "v.safetensors")
+    assert (found.model.config, found.traits.scaling_factor) == (
+        str(root / "configs" / "sdxl"),
+        0.13025,
+    )
+
+
+def test_an_oversized_sidecar_is_refused(models: Models, root: Path) -> None:
+    (root / "lora" / "style.json").write_bytes(b" " * 70_000)
+    assert "style.json" in refusal(models, "lora", "style.safetensors").detail
+
+
+def test_a_problem_names_the_field_that_the_caller_gives(models: Models) -> None:
+    with pytest.raises(Problem) as caught:
+        models.resolve("checkpoint", "missing", field="refiner_model")
+    assert caught.value.field == "refiner_model"
+
+
+def test_only_so_many_models_are_remembered(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models_module, "MAX_REMEMBERED", 1)
+    first = models.resolve("checkpoint", "sd15")
+    models.resolve("checkpoint", "sdxl")
+    assert models.resolve("checkpoint", "sd15") is not first
 
 
 # What the demo ships.
