@@ -50,9 +50,10 @@ def _encoded(value: Any) -> Any:
 
 @cache
 def components(folder: Path) -> dict[str, Any]:
-    """A checkpoint's modules as `from_pretrained` gives them; nobody may change them."""
+    """A checkpoint's modules and flags as `from_pretrained` gives them; nobody may change them."""
     loaded = diffusers.DiffusionPipeline.from_pretrained(folder)
-    return dict(loaded.components)
+    flags = {name: value for name, value in loaded.config.items() if isinstance(value, bool)}
+    return flags | loaded.components
 
 
 def stock(folder: Path, pipeline: str, **more: Any) -> Any:
