@@ -14,19 +14,21 @@ from supervisor.guards import BodyGuard, KeyGuard, RequestId
 from supervisor.models import Models
 from supervisor.operations import Operation
 from supervisor.problems import on_http_exception, on_problem
-from supervisor.routes import docs, generate, inspect, jobs, models
+from supervisor.routes import docs, generate, images, inspect, jobs, models
 from supervisor.service import Service
+from supervisor.storage import Storage
 
 OPERATIONS: list[Operation] = [
     *generate.OPERATIONS,
     *jobs.OPERATIONS,
+    *images.OPERATIONS,
     *models.OPERATIONS,
     *inspect.OPERATIONS,
     *docs.OPERATIONS,
 ]
 
 
-def build(service: Service, models: Models) -> ASGIApp:
+def build(service: Service, models: Models, storage: Storage) -> ASGIApp:
     """The whole application. Its service is run by whoever runs the application."""
     settings = service.settings
 
@@ -44,6 +46,7 @@ def build(service: Service, models: Models) -> ASGIApp:
     app.router.redirect_slashes = False
     app.state.service = service
     app.state.models = models
+    app.state.storage = storage
     app.state.openapi = document
     guarded = KeyGuard(app, settings.api_keys)
     read = BodyGuard(guarded, settings.max_body_bytes, settings.body_timeout_seconds)

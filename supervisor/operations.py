@@ -12,6 +12,7 @@ from supervisor.errors import Problem
 from supervisor.guards import bearer_key
 from supervisor.requests import BodyType, decode
 from supervisor.service import Service
+from supervisor.storage import Storage
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Answer = TypeVar("Answer")
@@ -40,6 +41,11 @@ class Operation:
 def service_of(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
+
+
+def storage_of(request: Request) -> Storage:
+    storage: Storage = request.app.state.storage
+    return storage
 
 
 def json_response(content: object, status: int = 200) -> Response:

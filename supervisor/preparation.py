@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ipc import messages
-from supervisor import catalogue, pictures, schedulers
+from supervisor import catalogue, infotext, pictures, schedulers
 from supervisor.errors import Problem
 from supervisor.models import Models, ResolvedModel
 from supervisor.requests import GenerateBody, expand, invalid
@@ -58,6 +58,8 @@ class Preparation:
             **others,
         )
         inputs = _inputs(body, message, given, [call.seed for call in calls])
+        if body.metadata:
+            message = _with_texts(message, inputs, checkpoint)
         return Prepared(message=message, inputs=inputs, seeds=[call.seed for call in calls])
 
     def load(self, name: str, vae: str | None, job_id: str) -> messages.Load:
@@ -210,6 +212,18 @@ def _refiner_parameters(body: GenerateBody) -> dict[str, Any]:
     return {name: v for name, v in given.items() if v is not None and name != "image"}
 
 
+def _with_texts(
+    message: messages.Generate, inputs: dict[str, Any], checkpoint: ResolvedModel
+) -> messages.Generate:
+    """With what each picture's file is to say of how it was made."""
+    scheduler = message.scheduler.class_name if message.scheduler else checkpoint.scheduler
+    calls = [
+        msgspec.structs.replace(call, metadata=infotext.texts(inputs, call, scheduler))
+        for call in message.calls
+    ]
+    return msgspec.structs.replace(message, calls=calls)
+
+
 def _inputs(
     body: GenerateBody, message: messages.Generate, given: dict[str, Any], seeds: list[int]
 ) -> dict[str, Any]:
@@ -224,6 +238,7 @@ def _inputs(
     return inputs | {
         "checkpoint": message.checkpoint.name,
         "pipeline": message.pipeline,
+        "vae": message.vae.name if message.vae else None,
         "parameters": given | texts | {"seed": seeds[0]},
     }
 

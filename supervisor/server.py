@@ -74,7 +74,7 @@ class Server:
         self._keeper = Keeper(settings, self._storage, self._deliverer, self._quota)
         self.fleet.observers.append(self._keeper)
         self.service = Service(settings, self.fleet, preparation, self._keeper)
-        self._app = app.build(self.service, models)
+        self._app = app.build(self.service, models, self._storage)
 
     def _paths_in_use(self) -> set[Path]:
         """What workers hold and jobs need; asked from threads."""
