@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from gpu_worker.schedulers import SchedulerError, build
 from ipc.messages import Scheduler
 from supervisor.schedulers import A1111, CLASSES
-from tests.tools import stock, tiny
+from tests.tools import stock
 
 STEPS = 5
 """Enough for third-order solvers to be told from second-order ones."""
@@ -36,15 +36,15 @@ def latents(pipe, scheduler, seed=7):
     return stock.latents(pipe, seed, num_inference_steps=STEPS)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def own():
-    return tiny.scheduler("sd15")
+    return stock.pipeline("sd15").scheduler
 
 
 @pytest.fixture(scope="module")
 def drawn(pipe):
     """The latents of an A1111 name with seed 7, computed once."""
-    own = tiny.scheduler("sd15")
+    own = stock.pipeline("sd15").scheduler
 
     @functools.cache
     def drawn(name: str) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_without_a_wish_the_checkpoints_own_class_is_built_anew(pipe, own):
 @pytest.mark.parametrize("name", ["Euler", "DPM++ 2M Karras", "UniPC", "Euler a"])
 def test_v_prediction_and_zero_terminal_snr_stay(name):
     snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    own = diffusers.DDIMScheduler.from_config(tiny.scheduler("sd21").config, **snr)
+    own = diffusers.DDIMScheduler.from_config(stock.pipeline("sd21").scheduler.config, **snr)
     built = build(own, A1111[name], 7)
     assert built.config.prediction_type == "v_prediction"
     assert built.config.timestep_spacing == "trailing"
@@ -126,7 +126,7 @@ def test_v_prediction_and_zero_terminal_snr_stay(name):
 
 
 def test_a_name_without_karras_takes_them_off_a_checkpoint_that_has_them():
-    own = diffusers.EulerDiscreteScheduler(**tiny.BETAS, use_karras_sigmas=True)
+    own = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)
     assert not build(own, A1111["DPM++ 2M"], 7).config.use_karras_sigmas
     assert build(own, Scheduler(class_name="LMSDiscreteScheduler"), 7).config.use_karras_sigmas
 

@@ -1,29 +1,32 @@
-"""Stock pipelines with tiny random weights, in memory, and the pictures they draw."""
+"""Stock pipelines with tiny random weights, and what they draw."""
 
+import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
 from tests.tools import tiny
 
 
 def pipeline(family: str, seed: int = 0) -> Any:
-    """The family's own pipeline, as `from_pretrained` would give it."""
-    kind = tiny.architecture(family)
-    parts: dict[str, Any] = {
-        "vae": tiny.vae(kind, seed),
-        "unet": tiny.unet(kind, seed),
-        "scheduler": tiny.scheduler(family),
-        "tokenizer": None,
-        "text_encoder": None,
-    }
-    for index in tiny.text_indices(kind):
-        suffix = "_2" if index else ""
-        parts[f"tokenizer{suffix}"] = tiny.tokenizer(second=index == 1)
-        parts[f"text_encoder{suffix}"] = tiny.text_encoder(kind, index, seed)
-    pipe = tiny.pipeline(kind, parts)
+    """The family's own pipeline in float32, loaded anew from its folder."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(_folder(family, seed))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@functools.cache
+def _folder(family: str, seed: int) -> Path:
+    parent = tempfile.TemporaryDirectory(prefix="tiny-")
+    _KEPT.append(parent)
+    return tiny.build_checkpoint(Path(parent.name) / family, family, seed)
+
+
+_KEPT: list[Any] = []
+"""Folders that are removed when the tests end."""
 
 
 def latents(pipe: Any, seed: int = 7, **parameters: Any) -> torch.Tensor:
