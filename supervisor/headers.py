@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 50_000
 """SDXL in one file has 2,515 tensors."""
 
+MAX_DIMENSIONS = 16
 LENGTH_BYTES = 8
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64,
@@ -54,20 +55,33 @@ class Tensor(NamedTuple):
 class Header(NamedTuple):
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    """`format` and `modelspec.prediction_type`, where they are told."""
 
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
+class _Metadata(msgspec.Struct, frozen=True):
+    """The texts that are used here; the others, megabytes of training notes, are skipped."""
+
+    format: str | None = None
+    prediction_type: str | None = msgspec.field(name="modelspec.prediction_type", default=None)
+
+
+class _Top(msgspec.Struct, frozen=True):
+    metadata: msgspec.Raw = msgspec.field(name="__metadata__", default=msgspec.Raw(b"{}"))
+
+
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    dtype: str
-    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
-    data_offsets: tuple[Size, Size]
+    dtype: str = ""
+    shape: tuple[Size, ...] = ()
+    data_offsets: tuple[Size, Size] = (0, 0)
 
 
-_entries = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_entry = msgspec.json.Decoder(_Entry)
-_metadata = msgspec.json.Decoder(dict[str, str])
+# Typed decoders stop at the first value of another form, before much is built from it.
+_top = msgspec.json.Decoder(_Top)
+_metadata = msgspec.json.Decoder(_Metadata)
+_entries = msgspec.json.Decoder(dict[str, _Entry])
 
 
 def read_header(path: Path) -> Header:
@@ -81,13 +95,20 @@ def read_header(path: Path) -> Header:
 
 def parse_header(text: bytes, data_bytes: int) -> Header:
     """The header of a file whose tensors take `data_bytes` in all."""
-    if text.count(b'"data_offsets"') > MAX_TENSORS:  # before anything is built from it
+    raw = bytes(_top.decode(text).metadata)
+    metadata = msgspec.to_builtins(_metadata.decode(raw))
+    text = text.replace(raw, b"{}", 1)
+    if text.count(b"{") > MAX_TENSORS + 2:  # before an object is made for each
         raise InvalidModel(f"it holds more than {MAX_TENSORS} tensors")
-    raw = _entries.decode(text)
-    metadata = _metadata.decode(raw.pop("__metadata__", msgspec.Raw(b"{}")))
-    entries = {name: _entry.decode(entry) for name, entry in raw.items()}
+    if text.count(b",") > MAX_TENSORS * 10:  # ten for each: long lists, or none of tensors
+        raise InvalidModel("its safetensors header is not valid")
+    entries = _entries.decode(text)
+    entries.pop("__metadata__", None)
     _check_layout(entries, data_bytes)
-    return Header({name: Tensor(e.dtype, e.shape) for name, e in entries.items()}, metadata)
+    return Header(
+        {name: Tensor(entry.dtype, entry.shape) for name, entry in entries.items()},
+        {name: value for name, value in metadata.items() if value is not None},
+    )
 
 
 def _read_text(path: Path) -> tuple[bytes, int]:
@@ -126,6 +147,8 @@ def _check_layout(entries: dict[str, _Entry], data_bytes: int) -> None:
     """The tensors must fill the rest of the file, in some order, without a hole."""
     end = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.data_offsets):
+        if len(entry.shape) > MAX_DIMENSIONS:
+            raise InvalidModel("its tensors have too many dimensions")
         if entry.dtype not in DTYPE_BITS:
             raise InvalidModel("one of its tensors is of a type that safetensors does not have")
         begin, after = entry.data_offsets
