@@ -1,5 +1,6 @@
 """Random jobs, joins, cancels, failures and priorities against an engine with a toy denoiser."""
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -442,6 +443,29 @@ def test_a_module_given_back_is_as_it_was(denoiser: Denoiser) -> None:
     engine.adopt(denoiser, "forward", LAYOUT)
     restore(denoiser)
     assert denoiser.__dict__ == before
+
+
+def test_five_hundred_jobs_leave_nothing_behind(denoiser: Denoiser) -> None:
+    engine = engine_of(denoiser)
+
+    def failing() -> None:
+        denoised(denoiser, 0, 1, 2, 0.0)
+        raise RuntimeError("cannot go on")
+
+    def held(jobs: int) -> int:
+        """What is alive after so many more jobs: bodies, tasks, tensors, errors."""
+        for job in range(jobs):
+            engine.submit(step_task(denoiser, job, 3, deterministic=job % 3 == 0))
+            engine.submit(Task(-job, failing))
+            engine.submit(step_task(denoiser, "gone", 3))
+            engine.round()
+            engine.cancel("gone")
+        engine.run_until_idle()
+        kinds = (Body, Task, torch.Tensor, RuntimeError)
+        return sum(isinstance(each, kinds) for each in gc.get_objects())
+
+    before = held(2)
+    assert held(500) == before
 
 
 def test_the_executor_is_given_the_target_of_each_forward(denoiser: Denoiser) -> None:
