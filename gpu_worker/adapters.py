@@ -128,9 +128,11 @@ def _sum(
     original: torch.Tensor, wanted: Iterable[tuple[Factors, float]], device: torch.device
 ) -> torch.Tensor:
     """The weight with the LoRAs' changes, in float32: W + Σ scale · alpha/rank · up · down."""
-    total = original.to(device, torch.float32, copy=True)
+    # In the usual order of memory, whatever the weight's: a matrix is added to it.
+    usual = torch.contiguous_format
+    total = original.to(device, torch.float32, copy=True, memory_format=usual)
     for factors, scale in wanted:
-        total += factors.change(device).reshape(total.shape) * (factors.scale * scale)
+        factors.add_to(total, scale)
     return total
 
 

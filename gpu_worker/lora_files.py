@@ -54,11 +54,11 @@ class Factors:
     def bytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
 
-    def change(self, device: torch.device) -> torch.Tensor:
-        """up · down, unscaled, as a float32 matrix of `shape`."""
-        up = self.up.to(device, torch.float32).flatten(1)
-        down = self.down.to(device, torch.float32).flatten(1)
-        return up @ down
+    def add_to(self, total: torch.Tensor, scale: float) -> None:
+        """Add scale times this change to a float32 weight of `shape`, where that lies."""
+        up = self.up.to(total.device, torch.float32).flatten(1)
+        down = self.down.to(total.device, torch.float32).flatten(1)
+        total.view(self.shape).addmm_(up, down, alpha=self.scale * scale)
 
 
 @dataclass(frozen=True, eq=False)
