@@ -66,7 +66,8 @@ def encode(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if not _is_concerned(encoders, texts, clip_skip):
         return dict(arguments)
     for field, text in texts.items():
-        _check_length(field, text)
+        if text is not None:
+            _check(field, text)
     kept = {name: value for name, value in arguments.items() if name not in REPLACED}
     accepted = inspect.signature(type(pipe).__call__).parameters
     embedded = _embeddings(pipe, encoders, texts, clip_skip or 0)
@@ -133,13 +134,18 @@ def _is_long(encoders: TextEncoders, text: str) -> bool:
     )
 
 
-def _check_length(field: str, text: str | None) -> None:
-    if text is not None and len(text) > MAX_CHARACTERS:
+def _check(field: str, text: str) -> None:
+    """Before any text encoder is called; the reading is kept."""
+    if len(text) > MAX_CHARACTERS:
         raise Refusal(
             "invalid_request",
             f"cannot read the {field}: it has {len(text)} characters, {MAX_CHARACTERS} at most",
             field,
         )
+    try:
+        parsed(text)
+    except Refusal as refusal:
+        raise Refusal(refusal.code, refusal.detail, field) from refusal
 
 
 def _embeddings(
@@ -161,7 +167,8 @@ def _embeddings(
             for name in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
                 named[name] = torch.zeros_like(named[name])
     if not all(torch.isfinite(value).all() for value in named.values()):
-        raise Refusal("invalid_request", "cannot use the prompt's weights: they add up to nothing")
+        detail = "cannot use the prompt's weights: they add up to nothing"
+        raise Refusal("invalid_request", detail, "prompt")
     return named
 
 

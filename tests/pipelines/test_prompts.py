@@ -194,6 +194,12 @@ def test_weights_that_add_up_to_nothing_are_refused(sd15):
         encode(sd15, {"prompt": '("a fox", "a hen").blend(1, -1)'})
 
 
+def test_the_field_that_cannot_be_read_is_named(sd15):
+    with pytest.raises(Refusal, match="swap is not supported") as refusal:
+        encode(sd15, {"prompt": "a fox", "negative_prompt": "a fox.swap(hen)"})
+    assert refusal.value.field == "negative_prompt"
+
+
 def test_pipelines_that_read_prompts_in_their_own_way_are_left_alone():
     pipe = FluxPipeline.__new__(FluxPipeline)
     assert encode(pipe, {"prompt": WEIGHTED}) == {"prompt": WEIGHTED}
