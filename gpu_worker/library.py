@@ -4,6 +4,7 @@ Knows paths, bytes and who uses what; knows no requests. One thread uses it.
 """
 
 import contextlib
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -11,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor
 
 from gpu_worker import folders
+from gpu_worker.adapters import AdapterState, Wanted
 from gpu_worker.failures import (
     JobCancelled,
     MemoryShort,
@@ -25,11 +26,14 @@ from gpu_worker.failures import (
     is_out_of_memory,
 )
 from gpu_worker.folders import BrokenModel
+from gpu_worker.lora_files import Lora, LoraFiles
+from gpu_worker.vaes import pipeline_upcasts, settled
 from ipc.messages import Model, Resident
 
 Kind = Literal["checkpoint", "vae", "controlnet", "safety_checker"]
 Nothing = Callable[[], None]
 
+ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 FIELDS: dict[Kind, str] = {
     "checkpoint": "checkpoint",
     "vae": "vae",
@@ -52,11 +56,24 @@ class Holding:
     """The VAE that was last used with a checkpoint."""
     last_used: float = field(default_factory=time.time)
     users: int = 0
+    loras: tuple[str, ...] = ()
+    """The names of the LoRAs that are merged into a checkpoint."""
 
     @property
     def module(self) -> Any:
         """The one module of what is not a checkpoint."""
         return self.parts["module"]
+
+    @functools.cached_property
+    def adapters(self) -> AdapterState:
+        """What is merged into a checkpoint's modules."""
+        modules = {name: self.parts[name] for name in ADAPTED if self.parts.get(name) is not None}
+        return AdapterState(self.model.name, modules)
+
+    def clear(self) -> None:
+        """Lets go of the modules."""
+        self.parts.clear()
+        self.__dict__.pop("adapters", None)
 
 
 class Library:
@@ -69,6 +86,7 @@ class Library:
         self.dtype = dtype
         self.budget_bytes = budget_bytes
         self._changed = changed
+        self._loras = LoraFiles()
         self._held: dict[tuple[Kind, str, bool], Holding] = {}
 
     @contextlib.contextmanager
@@ -107,6 +125,20 @@ class Library:
             checkpoint.vae = vae.model.name
             self._changed()
 
+    def lora(self, model: Model, checkpoint: Holding) -> Lora:
+        """A LoRA for a checkpoint, in host memory. Raises Refusal."""
+        try:
+            return self._loras.get(model, checkpoint.parts.get("unet"))
+        except OSError as error:
+            detail = f"cannot load {model.name!r}: it is not there any more"
+            raise Refusal("unknown_model", detail, "loras") from error
+
+    def adapt(self, checkpoint: Holding, wanted: Wanted) -> None:
+        """Merges exactly these LoRAs into a checkpoint's weights. Raises Refusal."""
+        if checkpoint.adapters.ensure(wanted):
+            checkpoint.loras = tuple(lora.name for lora, _ in wanted)
+            self._changed()
+
     def unload(self, path: str) -> bool:
         """Drops a checkpoint that nobody uses; whether there was one."""
         holding = self._held.get(("checkpoint", path, False))
@@ -123,7 +155,7 @@ class Library:
                 path=holding.model.path,
                 family=holding.model.family,
                 vae=holding.vae,
-                loras=[],
+                loras=list(holding.loras),
                 tier="device",
                 bytes=holding.bytes,
                 last_used=holding.last_used,
@@ -219,32 +251,10 @@ class Library:
         if holding.kind == "vae":
             for held in self._held.values():
                 held.vae = None if held.vae == holding.model.name else held.vae
-        holding.parts.clear()
+        holding.clear()
         gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
-
-
-def pipeline_upcasts(class_name: str) -> bool:
-    """Whether a pipeline class moves a float16 VAE to float32 to decode, as SDXL's do."""
-    return hasattr(getattr(diffusers, class_name, None), "upcast_vae")
-
-
-def settled(vae: Any) -> Any:
-    """A VAE whose type stays as it is: float32 where its configuration says force_upcast.
-
-    SDXL's pipelines move such a VAE to float32 and back within every call, under the hands
-    of other jobs. This one is in float32 already, takes latents and pictures of any type,
-    and stays when it is told to change.
-    """
-    if not getattr(vae.config, "force_upcast", False):
-        return vae
-    vae = vae.to(torch.float32)
-    encode, decode = vae.encode, vae.decode
-    vae.encode = lambda x, *args, **kwargs: encode(x.float(), *args, **kwargs)
-    vae.decode = lambda z, *args, **kwargs: decode(z.float(), *args, **kwargs)
-    vae.to = lambda *args, **kwargs: vae
-    return vae
 
 
 @contextlib.contextmanager

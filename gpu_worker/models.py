@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_worker.failures import Refusal
-from gpu_worker.library import Holding, Library, Nothing, pipeline_upcasts
+from gpu_worker.library import Holding, Library, Nothing
+from gpu_worker.lora_files import Lora
+from gpu_worker.vaes import pipeline_upcasts
 from ipc.messages import Generate, Model
 
 
@@ -19,6 +21,8 @@ class Models:
     controlnets: tuple[Holding, ...] = ()
     safety_checker: Holding | None = None
     refiner: Holding | None = None
+    loras: tuple[tuple[Lora, float], ...] = ()
+    """LoRAs to merge into the checkpoint, with their scales."""
 
     @property
     def decoder(self) -> Any:
@@ -43,6 +47,7 @@ def load(request: Generate, library: Library, step: Nothing) -> Models:
                 tuple(_controlnet(net, library, checkpoint) for net in request.controlnets),
                 _safety_checker(request, library),
                 refiner,
+                tuple((library.lora(lora.model, checkpoint), lora.scale) for lora in request.loras),
             )
 
 

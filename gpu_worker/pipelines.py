@@ -83,8 +83,6 @@ class PreparedCall:
 def prepare(request: Generate, models: Models) -> list[PreparedCall]:
     """One call per picture, in order. Raises Refusal for what does not fit together."""
     kind = pipeline_class(request.pipeline)
-    if request.loras:
-        raise Refusal("not_supported", "cannot use a LoRA: this worker has no adapters", "loras")
     pictures = decoded_images(request.images)
     checks_itself = "safety_checker" in inspect.signature(kind.__init__).parameters
     return [

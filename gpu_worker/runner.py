@@ -126,6 +126,7 @@ class SequentialRunner:
         self._phase(work.job, "loading")
         wanted = models.load(work, self._library, job.check)
         with self._library.use(*wanted):
+            self._library.adapt(wanted.checkpoint, wanted.loras)
             loaded = time.monotonic()
             progress = self._progress(job, work, wanted)
             encodings = self._pictures(work, wanted, progress)
@@ -161,7 +162,9 @@ class SequentialRunner:
 
     def _encode(self, work: Generate, call: PreparedCall, result: Result) -> float:
         began = time.monotonic()
-        data = images.encoded(result.picture, work.output_format, call.call.metadata)
+        data = images.encoded(
+            result.picture, work.output_format, call.call.metadata, work.output_quality
+        )
         seconds = time.monotonic() - began
         self._send(Picture(job=work.job, index=call.index, data=data, nsfw=result.nsfw))
         return seconds

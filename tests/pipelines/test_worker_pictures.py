@@ -160,6 +160,66 @@ def test_another_vae_equals_stock_and_leaves_the_next_request_alone(
     assert same(before, after)
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_loras_equal_stock_and_leave_the_next_request_alone(
+    bench: Bench, model_dir: Path, family: str, layout: str
+) -> None:
+    name, given = pipeline_name(family, ""), parameters(family, "")
+    files = [model_dir / "lora" / f"{family}-{layout}-{letter}.safetensors" for letter in "ab"]
+    loras = [
+        m.Lora(model=m.Model(name=file.name, path=str(file), family=family), scale=scale)  # type: ignore[arg-type]
+        for file, scale in zip(files, (0.8, 0.5), strict=True)
+    ]
+    [before] = bench.ours(name, family, given, [7])
+    [ours] = bench.ours(name, family, given, [7], loras=loras)
+    [after] = bench.ours(name, family, given, [7])
+    pipeline = bench.stock(name, family)
+    for adapter, file in zip("ab", files, strict=True):
+        pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)
+    pipeline.set_adapters(["a", "b"], [0.8, 0.5])
+    pipeline.fuse_lora(adapter_names=["a", "b"])
+    stock = np.array(pipeline(**given, generator=generator(7)).images[0])
+    # Weights are summed up in another order than in PEFT, which can turn a pixel's last bit.
+    assert np.abs(ours.astype(int) - stock).max() <= 1
+    assert np.mean(ours != stock) < 0.01
+    assert not same(ours, before)
+    assert same(before, after)
+
+
+def test_residency_names_the_loras_that_are_merged(bench: Bench, model_dir: Path) -> None:
+    path = model_dir / "lora" / "sd15-kohya-a.safetensors"
+    lora = m.Lora(model=m.Model(name=path.name, path=str(path), family="sd15"))
+    received = bench.worker.generate(
+        pipeline="StableDiffusionPipeline",
+        checkpoint=bench.model("sd15"),
+        parameters=parameters("sd15", ""),
+        loras=[lora],
+    )
+    assert pictures(received)
+    told = [each for each in received if isinstance(each, m.Residency)][-1]
+    assert [each.loras for each in told.models if each.checkpoint == "sd15"] == [[path.name]]
+
+
+def test_a_lora_of_another_family_is_refused_and_nothing_stays_merged(
+    bench: Bench, model_dir: Path
+) -> None:
+    path = model_dir / "lora" / "sdxl-diffusers-a.safetensors"
+    given = parameters("sd15", "")
+    [before] = bench.ours("StableDiffusionPipeline", "sd15", given, [7])
+    received = bench.worker.generate(
+        pipeline="StableDiffusionPipeline",
+        checkpoint=bench.model("sd15"),
+        parameters=given,
+        loras=[m.Lora(model=m.Model(name="other", path=str(path), family="sdxl"))],
+    )
+    told = received[-1]
+    assert isinstance(told, m.Rejected)
+    assert (told.code, told.field) == ("incompatible_model", "loras")
+    [after] = bench.ours("StableDiffusionPipeline", "sd15", given, [7])
+    assert same(before, after)
+
+
 def test_a_scheduler_by_name_and_settings_equals_stock(bench: Bench) -> None:
     given = parameters("sd15", "")
     wanted = m.Scheduler(
