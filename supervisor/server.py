@@ -17,6 +17,7 @@ from ipc import messages
 from supervisor import app, monitoring, sockets
 from supervisor.deliverer import Deliverer
 from supervisor.fleet import Fleet
+from supervisor.hub import Hub
 from supervisor.keeper import Keeper
 from supervisor.lives import Lives
 from supervisor.models import Models
@@ -60,12 +61,14 @@ class Server:
     ) -> None:
         self.settings = settings
         self._sockets = listening
-        models = Models(settings)
+        devices = devices_of(settings)
+        half = settings.dtype == "float16" or (settings.dtype == "auto" and devices != ["cpu"])
+        models = Models(settings, Hub(settings, half=half))
         preparation = Preparation(settings, models)
         launch = None
         if settings.launch_checkpoint:
             launch = preparation.load(settings.launch_checkpoint, settings.launch_vae, "launch")
-        self.fleet = Fleet(settings, devices_of(settings), launch)
+        self.fleet = Fleet(settings, devices, launch)
         self._lives = Lives(self.fleet, self._start_message, command)
         self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes, self._paths_in_use)
         self._outbox = Outbox(settings.data_dir / "outbox.sqlite3")

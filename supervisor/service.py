@@ -27,6 +27,9 @@ from supervisor.settings import Settings
 
 log = logging.getLogger(__name__)
 
+PREPARING_THREADS = 32
+"""Threads of their own: one that waits for a download must not hold up an encoder."""
+
 
 class Keeper(Protocol):
     """Stores pictures and tells webhooks, after a job and before its answer."""
@@ -54,6 +57,7 @@ class Service:
         self._keeper = keeper
         self._tasks: anyio.abc.TaskGroup | None = None
         self._open = 0
+        self.preparing = anyio.CapacityLimiter(PREPARING_THREADS)
 
     async def run(self) -> None:
         """Holds the tasks that finish jobs; runs until it is cancelled."""
@@ -74,7 +78,9 @@ class Service:
                           "store_images is true", field="return_images")  # fmt: skip
         began = time.monotonic()
         id = uuid.uuid4().hex
-        prepared = await to_thread.run_sync(self.preparation.prepare, body, id)
+        prepared = await to_thread.run_sync(
+            self.preparation.prepare, body, id, limiter=self.preparing
+        )
         batch_id = body.batch_id or id
         await self._keeper.reserve(batch_id, body.store_images)
         limit = body.timeout_seconds or self.settings.request_timeout_seconds

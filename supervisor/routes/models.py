@@ -50,7 +50,11 @@ def names_of(kind: Kind) -> Endpoint:
 async def load(request: Request) -> Response:
     service, body = service_of(request), await body_of(request, LoadBody)
     message = await to_thread.run_sync(
-        service.preparation.load, body.checkpoint, body.vae, uuid.uuid4().hex
+        service.preparation.load,
+        body.checkpoint,
+        body.vae,
+        uuid.uuid4().hex,
+        limiter=service.preparing,
     )
     await _on_each(request, message, _chosen(service, body.worker))
     return json_response(loaded_names(service))
@@ -58,15 +62,27 @@ async def load(request: Request) -> Response:
 
 async def unload(request: Request) -> Response:
     service, body = service_of(request), await body_of(request, UnloadBody)
-    message = await to_thread.run_sync(
-        service.preparation.unload, body.checkpoint, uuid.uuid4().hex
-    )
+    message = _resident(service, body.checkpoint)
+    if message is None:
+        message = await to_thread.run_sync(
+            service.preparation.unload, body.checkpoint, "", limiter=service.preparing
+        )
     wanted = _chosen(service, "all" if body.worker is None else body.worker)
     path = message.checkpoint.path
     workers = service.fleet.workers
     holders = [id for id in wanted if id is not None and workers[id].holds(path)]
     await _on_each(request, message, holders)
     return json_response(loaded_names(service))
+
+
+def _resident(service: Service, name: str) -> messages.Unload | None:
+    """For a checkpoint that a worker holds under this name."""
+    for worker in service.fleet.workers.values():
+        for model in worker.models:
+            if model.checkpoint == name:
+                known = messages.Model(name=name, path=model.path, family=model.family)
+                return messages.Unload(job="", checkpoint=known)
+    return None
 
 
 def _chosen(service: Service, worker: int | str | None) -> list[int | None]:
