@@ -19,6 +19,8 @@ USER_COMMENT = 0x9286
 IMAGE_DESCRIPTION = 0x010E
 EXIF_FOLDER = 0x8769
 PREVIEW_SCALE = 4
+JPEG_QUALITY = 95
+WEBP_QUALITY = 90
 
 # Linear fits of decoded pictures to latents, published by keturn and Birch-san for
 # SD 1.x and SDXL: rows are latent channels, columns red, green, blue.
@@ -61,9 +63,14 @@ def _resized(picture: Image.Image, field: str) -> Image.Image:
 
 
 def encoded(
-    picture: Image.Image, output_format: OutputFormat, texts: dict[str, str] | None = None
+    picture: Image.Image,
+    output_format: OutputFormat,
+    texts: dict[str, str] | None = None,
+    quality: int | None = None,
 ) -> bytes:
     """The picture's file, with `texts` inside: PNG text chunks, or EXIF.
+
+    `quality` is 0 to 100, for JPEG and WebP.
 
     The text called "parameters" is A1111's: it is the EXIF UserComment; the rest
     goes into ImageDescription as JSON.
@@ -74,9 +81,17 @@ def encoded(
         case "png":
             picture.save(file, "PNG", compress_level=1, pnginfo=_png_texts(texts))
         case "jpeg":
-            picture.convert("RGB").save(file, "JPEG", quality=95, exif=_exif(texts))
+            picture.convert("RGB").save(
+                file, "JPEG", quality=JPEG_QUALITY if quality is None else quality, exif=_exif(texts)
+            )
         case "webp":
-            picture.save(file, "WEBP", quality=90, method=0, exif=_exif(texts))
+            picture.save(
+                file,
+                "WEBP",
+                quality=WEBP_QUALITY if quality is None else quality,
+                method=0,
+                exif=_exif(texts),
+            )
     return file.getvalue()
 
 

@@ -123,6 +123,8 @@ class Generate(Message, frozen=True, kw_only=True):
     safety_checker: Model | bool = False
     """False: off. True: the checkpoint's own. A Model: loaded from there."""
     output_format: OutputFormat = "jpeg"
+    output_quality: int | None = None
+    """0 to 100, for JPEG and WebP; None: what each format takes by itself."""
     previews: int = 0
     deterministic: bool = False
     alone: bool = False

@@ -52,6 +52,7 @@ class Preparation:
             scheduler=self._scheduler(body, checkpoint),
             safety_checker=self._safety_checker(body, checkpoint),
             output_format=body.output_format,
+            output_quality=_quality(body),
             previews=body.previews,
             deterministic=body.deterministic,
             priority=body.priority,
@@ -72,9 +73,9 @@ class Preparation:
         )
 
     def unload(self, name: str, job_id: str) -> messages.Unload:
-        return messages.Unload(
-            job=job_id, checkpoint=self._models.resolve("checkpoint", name).model
-        )
+        """Downloads nothing: what is not on this host is not loaded either."""
+        local = Models(self._settings)
+        return messages.Unload(job=job_id, checkpoint=local.resolve("checkpoint", name).model)
 
     def _checkpoint(self, name: str | None) -> ResolvedModel:
         chosen = name or self._settings.launch_checkpoint
@@ -163,7 +164,7 @@ class Preparation:
                 raise Problem("invalid_request", "cannot use refiner_parameters without a "
                               "refiner_model", field="refiner_parameters")  # fmt: skip
             return None
-        refiner = self._models.resolve("checkpoint", body.refiner_model)
+        refiner = self._models.resolve("checkpoint", body.refiner_model, field="refiner_model")
         if checkpoint.model.family != "sdxl" or refiner.model.family != "sdxl_refiner":
             detail = (f"cannot refine {checkpoint.model.name} ({checkpoint.model.family}) with "
                       f"{refiner.model.name} ({refiner.model.family}): an sdxl checkpoint takes "
@@ -210,6 +211,14 @@ def _refiner_parameters(body: GenerateBody) -> dict[str, Any]:
             detail = f"cannot accept {field}: it is the base's own"
             raise Problem("invalid_request", detail, field=field)
     return {name: v for name, v in given.items() if v is not None and name != "image"}
+
+
+def _quality(body: GenerateBody) -> int | None:
+    """The files' quality, by OpenAI's name for it: the higher, the better."""
+    if body.output_compression is not None and body.output_format == "png":
+        detail = "cannot accept output_compression: a png loses nothing; ask for jpeg or webp"
+        raise Problem("invalid_request", detail, field="output_compression")
+    return body.output_compression
 
 
 def _with_texts(

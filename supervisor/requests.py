@@ -49,6 +49,7 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     return_images: bool = True
     store_images: bool = False
     output_format: OutputFormat = "jpeg"
+    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     metadata: bool = True
     previews: Annotated[int, Meta(ge=0, le=100)] = 0
     deterministic: bool = False

@@ -24,7 +24,7 @@ EXAMPLES: list[m.Message] = [
                scheduler=m.Scheduler(class_name="DDIMScheduler", settings={"eta": 0.5}),
                vae=MODEL, controlnets=[MODEL], loras=[m.Lora(model=MODEL, scale=0.5)],
                refiner=m.Refiner(checkpoint=MODEL, parameters={"strength": 0.25}),
-               safety_checker=True, output_format="png", previews=1, deterministic=True,
+               safety_checker=True, output_format="png", output_quality=80, previews=1, deterministic=True,
                alone=True, priority=-3),
     m.Load(job="j", checkpoint=MODEL, vae=MODEL),
     m.Unload(job="j", checkpoint=MODEL),
