@@ -7,43 +7,20 @@ of its documentation: `(some words)1.2`, `word++`, `"some words"-`, `("a", "b").
 `("a", "b").blend(1, 2)`, and `\\(` for a parenthesis that is only that.
 """
 
-import functools
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import pyparsing
 import torch
 from compel import Compel, ReturnedEmbeddingsType
-from compel.prompt_parser import Conjunction, FlattenedPrompt, PromptParser
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
 from gpu_worker.failures import Refusal
+from gpu_worker.prompt_syntax import needs_compel, parsed
 
 MAX_CHARACTERS = 5_000
 """Of a prompt that is not plain; operators throughout take the parser about three seconds."""
-
-SYNTAX = re.compile(
-    r"""
-      [)"] (?: [+-] | \.?\d )                        # (some words)1.2  "some words"++
-    | [^\s()"+-] [+-]+ (?= [\s()",.+=-] | $ )        # word++  word-
-    | \. (?: attend | swap | blend | and | add ) \s* \(
-    | (?: use | with ) Lora \s* \(
-    | \\ [()"]
-    """,
-    re.VERBOSE,
-)
-
-# Without a memory of what was tried, Compel's parser takes five times as long for each
-# level of parentheses: four seconds for six levels. With it, twenty levels take 20 ms.
-pyparsing.ParserElement.enable_packrat()
-
-
-def needs_compel(text: str) -> bool:
-    """Whether a prompt holds Compel's syntax. Its length is another question."""
-    return SYNTAX.search(text) is not None
 
 
 def encode(pipe: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,32 +227,3 @@ class Skipping:
             hidden_states=states,
             text_embeds=getattr(output, "text_embeds", None),
         )
-
-
-@functools.lru_cache(maxsize=64)
-def parsed(text: str) -> Conjunction:
-    """Compel's reading of a prompt; one without syntax is itself, parentheses and all.
-
-    Raises Refusal for what is not a prompt, or asks Compel for what it does not do.
-    """
-    if not needs_compel(text):
-        return _whole(text)
-    try:
-        conjunction = PromptParser().parse_conjunction(text)
-    except (PromptParser.ParsingException, pyparsing.ParseBaseException) as error:
-        raise _unreadable(str(error)) from error
-    except (RecursionError, ValueError, IndexError, AssertionError) as error:
-        raise _unreadable("it is nested too deeply, or an operator lacks its numbers") from error
-    if conjunction.lora_weights:
-        raise _unreadable("LoRAs are given in the field loras, not by withLora or useLora")
-    if any(prompt.wants_cross_attention_control for prompt in conjunction.prompts):
-        raise _unreadable(".swap is not supported")
-    return conjunction if conjunction.prompts else _whole("")
-
-
-def _whole(text: str) -> Conjunction:
-    return Conjunction([FlattenedPrompt([(text, 1.0)])])
-
-
-def _unreadable(reason: str) -> Refusal:
-    return Refusal("invalid_request", f"cannot read the prompt: {reason}", "prompt")

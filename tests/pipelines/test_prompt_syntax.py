@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.failures import Refusal
-from gpu_worker.prompts import needs_compel, parsed
+from gpu_worker.prompt_syntax import needs_compel, parsed
 
 
 @pytest.mark.parametrize(
