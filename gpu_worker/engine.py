@@ -8,7 +8,7 @@ steps. All of it happens on one thread; knows nothing of messages or checkpoints
 
 import itertools
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,6 @@ from gpu_worker.interposer import Target, interpose
 from gpu_worker.turns import choose_calls, choose_task
 
 MAX_RUNNING = 16
-HELPER_THREADS = 4
 
 Result = TypeVar("Result")
 
@@ -58,14 +57,14 @@ class Task:
 
 
 class Body(greenlet):
-    """A task that has begun. While it waits it holds either a call or a helper's future."""
+    """A task that has begun. While it waits it holds either a call or a future."""
 
     def __init__(self, task: Task) -> None:
         self._engine = getcurrent()
         super().__init__(parent=self._engine)
         self.task = task
         self.call: Call | None = None
-        self.helper: Future[Any] | None = None
+        self.future: Future[Any] | None = None
         self.failure: Exception | None = None
         self.withdrawn = False
         self.order = 0
@@ -120,7 +119,6 @@ class Engine:
         self._waiting: list[Task] = []
         self._bodies: list[Body] = []
         self._cancelled: set[Hashable] = set()
-        self._helpers: Executor = ThreadPoolExecutor(HELPER_THREADS, "helper")
 
     def adopt(self, module: torch.nn.Module, method: str, layout: Layout | None = None) -> None:
         """From now on the method's calls in bodies are batched. Asked again, does nothing."""
@@ -152,32 +150,30 @@ class Engine:
     def run_until_idle(self) -> None:
         """Returns when every task has ended."""
         while self.busy:
-            helpers = [body.helper for body in self._bodies if body.helper is not None]
-            if not self.round() and helpers:
-                wait(helpers, return_when=FIRST_COMPLETED)
+            futures = [body.future for body in self._bodies if body.future is not None]
+            if not self.round() and futures:
+                wait(futures, return_when=FIRST_COMPLETED)
 
-    def apart(self, function: Callable[[], Result]) -> Result:
-        """Called in a body: runs the function on a helper thread while others go on.
+    def wait_for(self, future: Future[Result]) -> Result:
+        """Called in a body: the future's result, while other bodies go on.
 
-        A cancelled task does not wait for its end. Outside of a body, just calls it.
+        A cancelled task does not wait for it. Outside of a body, just waits.
         """
         body = getcurrent()
         if not isinstance(body, Body):
-            return function()
-        helper = self._helpers.submit(function)
-        helper.add_done_callback(lambda _: self._wake())
-        body.helper = helper
+            return future.result()
+        body.future = future
+        future.add_done_callback(lambda _: self._wake())
         body.park()
-        body.helper = None
-        return helper.result()
+        body.future = None
+        return future.result()
 
     def close(self) -> None:
-        """Cancels everything and lets the helper threads end."""
+        """Cancels everything."""
         for job in {task.job for task in self._tasks()}:
             self.cancel(job)
         with torch.no_grad():
             self._sweep()
-        self._helpers.shutdown(wait=False, cancel_futures=True)
 
     def _tasks(self) -> list[Task]:
         return [*self._waiting, *(body.task for body in self._bodies)]
@@ -208,7 +204,7 @@ class Engine:
         body.withdrawn = True
         # A body may call its modules while it unwinds; it is not let.
         while not body.dead:
-            body.call = body.helper = None
+            body.call = body.future = None
             body.throw(Withdrawn())
         self._settle(body, None)
 
@@ -229,8 +225,8 @@ class Engine:
         return choose_task(self._waiting, running, self._max_running)
 
     def _go_on(self) -> bool:
-        """Resumes the bodies whose helper is done."""
-        ready = [b for b in self._bodies if b.helper is not None and b.helper.done()]
+        """Resumes the bodies whose future is done."""
+        ready = [b for b in self._bodies if b.future is not None and b.future.done()]
         for body in ready:
             self._settle(body, body.switch())
         return bool(ready)

@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -56,6 +57,7 @@ class Jobs(RuleBasedStateMachine):
         super().__init__()
         self.denoisers = [Denoiser(0.5), Denoiser(0.25)]
         self.engine = Engine(Forwards(Limits(max_rows=9)), max_running=4)
+        self.helpers = ThreadPoolExecutor(2)
         for denoiser in self.denoisers:
             self.engine.adopt(denoiser, "forward", LAYOUT)
         self.ends: dict[int, list[Any]] = {}
@@ -137,9 +139,9 @@ class Jobs(RuleBasedStateMachine):
         self.submit(lambda: self.denoisers[0](-torch.ones(2, 3), 0), ValueError, **options)
 
     @rule(options=options)
-    def join_with_a_helper(self, options: Any) -> None:
+    def join_and_wait_for_a_thread(self, options: Any) -> None:
         def body() -> Any:
-            made = self.engine.apart(lambda: torch.ones(2, 3))
+            made = self.engine.wait_for(self.helpers.submit(torch.ones, 2, 3))
             return self.denoisers[1](made, 1)["sample"]
 
         self.submit(body, torch.full((2, 3), 1.25), **options)
@@ -175,6 +177,7 @@ class Jobs(RuleBasedStateMachine):
         assert not self.running
         assert not self.engine.round()
         self.engine.close()
+        self.helpers.shutdown()
 
 
 def as_expected(end: Any, expected: Any) -> bool:
@@ -329,44 +332,50 @@ def test_a_broken_device_is_not_asked_again(denoiser: Denoiser) -> None:
     assert len(errors) == 3
 
 
-def test_other_jobs_go_on_while_a_helper_works(denoiser: Denoiser) -> None:
+def test_other_jobs_go_on_while_one_waits(denoiser: Denoiser) -> None:
     engine = engine_of(denoiser)
-    gate, ends = threading.Event(), []
-    engine.submit(Task("slow", lambda: engine.apart(gate.wait), finished=lambda _: ends.append(1)))
-    engine.submit(step_task(denoiser, "fast", 3, finished=lambda _: ends.append(2)))
+    future: Future[int] = Future()
+    ends: list[Any] = []
+    engine.submit(Task("slow", lambda: engine.wait_for(future), finished=ends.append))
+    engine.submit(step_task(denoiser, "fast", 3, finished=lambda _: ends.append("fast")))
     while engine.round():
         pass
-    assert ends == [2]
-    gate.set()
+    assert ends == ["fast"]
+    future.set_result(5)
     engine.run_until_idle()
-    assert ends == [2, 1]
+    assert ends == ["fast", 5]
 
 
-def test_a_job_is_cancelled_though_its_helper_still_works() -> None:
+def test_a_job_is_cancelled_though_what_it_waits_for_goes_on() -> None:
     engine = Engine()
-    gate, ends = threading.Event(), []
-    engine.submit(Task("slow", lambda: engine.apart(gate.wait), cancelled=lambda: ends.append(1)))
+    ends: list[Any] = []
+    task = Task("slow", lambda: engine.wait_for(Future()), cancelled=lambda: ends.append(1))
+    engine.submit(task)
     engine.round()
     engine.cancel("slow")
     engine.round()
-    gate.set()
     assert ends == [1]
     assert not engine.busy
 
 
-def test_the_end_of_a_helper_wakes_whoever_waits_for_work() -> None:
+def test_the_end_of_a_wait_wakes_whoever_waits_for_work() -> None:
     woken = threading.Event()
     engine = Engine(wake=woken.set)
-    engine.submit(Task(1, lambda: engine.apart(lambda: 5)))
+    future: Future[int] = Future()
+    engine.submit(Task(1, lambda: engine.wait_for(future)))
     engine.round()
-    assert woken.wait(10)
-    engine.run_until_idle()
+    assert not woken.is_set()
+    future.set_result(5)
+    assert woken.is_set()
 
 
-def test_a_helpers_error_is_raised_in_the_body_that_asked() -> None:
+def test_an_error_that_was_waited_for_is_raised_in_the_body() -> None:
     engine = Engine()
+    future: Future[int] = Future()
     errors: list[Exception] = []
-    engine.submit(Task(1, lambda: engine.apart(lambda: 1 / 0), failed=errors.append))
+    engine.submit(Task(1, lambda: engine.wait_for(future), failed=errors.append))
+    engine.round()
+    future.set_exception(ZeroDivisionError())
     engine.run_until_idle()
     assert isinstance(errors[0], ZeroDivisionError)
 
@@ -399,11 +408,13 @@ def test_a_closed_engine_has_cancelled_everything(denoiser: Denoiser) -> None:
     assert ends == ["cancelled"] * 3
 
 
-def test_outside_of_a_body_a_module_and_a_helper_work_as_ever(denoiser: Denoiser) -> None:
+def test_outside_of_a_body_a_module_and_a_wait_work_as_ever(denoiser: Denoiser) -> None:
     engine = engine_of(denoiser)
     assert not isinstance(getcurrent(), Body)
     assert torch.equal(denoiser(torch.ones(1, 3), 1)["sample"], torch.full((1, 3), 1.5))
-    assert engine.apart(lambda: 5) == 5
+    done: Future[int] = Future()
+    done.set_result(5)
+    assert engine.wait_for(done) == 5
 
 
 def test_an_output_without_rows_makes_an_architecture_unbatched() -> None:
