@@ -14,6 +14,8 @@ from tests.tools.worker_client import REAL, SCRIPTED, WorkerClient, pictures
 
 KINDS = pytest.mark.parametrize("kind", [REAL, SCRIPTED], ids=["real", "scripted"])
 PARAMETERS = {"prompt": "a cat", "num_inference_steps": 3, "width": 64, "height": 64}
+# The scripted worker's steps take no time unless its prompt says so.
+ENDLESS = PARAMETERS | {"num_inference_steps": 900, "prompt": "fault:slow step_seconds=0.02"}
 
 
 @pytest.fixture(scope="module", params=[REAL, SCRIPTED], ids=["real", "scripted"])
@@ -91,8 +93,7 @@ def test_a_term_signal_ends_a_worker_in_the_middle_of_a_job(
 ) -> None:
     with WorkerClient(kind) as client:
         client.ready()
-        endless = PARAMETERS | {"num_inference_steps": 900}
-        client.send(m.Generate(job="endless", **job(model, parameters=endless)))
+            client.send(m.Generate(job="endless", **job(model, parameters=ENDLESS)))
         while not (isinstance(told := client.receive(), m.Progress) and told.step > 2):
             pass
         os.kill(client.process.pid, signal.SIGTERM)
@@ -171,8 +172,7 @@ def test_a_checkpoint_that_is_gone_is_rejected(client: WorkerClient, tmp_path: P
 
 
 def test_a_cancelled_job_ends_at_its_next_step(client: WorkerClient, model: m.Model) -> None:
-    endless = PARAMETERS | {"num_inference_steps": 900}
-    client.send(m.Generate(job="endless", **job(model, parameters=endless)))
+    client.send(m.Generate(job="endless", **job(model, parameters=ENDLESS)))
     while not (isinstance(told := client.receive(), m.Progress) and told.step > 2):
         pass
     client.send(m.Cancel(job="endless"))
@@ -181,10 +181,11 @@ def test_a_cancelled_job_ends_at_its_next_step(client: WorkerClient, model: m.Mo
 
 
 def test_a_job_can_be_cancelled_while_it_waits(client: WorkerClient, model: m.Model) -> None:
-    client.send(m.Generate(job="first", **job(model)))
+    client.send(m.Generate(job="first", **job(model, parameters=ENDLESS)))
     client.send(m.Generate(job="second", **job(model)))
     client.send(m.Cancel(job="second"))
-    assert isinstance(client.until_end()[-1], m.Finished)
+    client.send(m.Cancel(job="first"))
+    assert client.until_end()[-1] == m.Cancelled(job="first")
     assert client.until_end()[-1] == m.Cancelled(job="second")
 
 
