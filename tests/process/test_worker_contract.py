@@ -93,7 +93,7 @@ def test_a_term_signal_ends_a_worker_in_the_middle_of_a_job(
 ) -> None:
     with WorkerClient(kind) as client:
         client.ready()
-            client.send(m.Generate(job="endless", **job(model, parameters=ENDLESS)))
+        client.send(m.Generate(job="endless", **job(model, parameters=ENDLESS)))
         while not (isinstance(told := client.receive(), m.Progress) and told.step > 2):
             pass
         os.kill(client.process.pid, signal.SIGTERM)
