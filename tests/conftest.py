@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support-table", action="store_true", help="into the README")
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MODEL_DIR with tiny models, each under its family's name: `controlnet/sdxl-b`, …"""

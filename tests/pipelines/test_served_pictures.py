@@ -1,6 +1,7 @@
 """The picture that HTTP returns is the one that stock Diffusers makes, to the last pixel.
 
-Each of the twelve pipelines on each family that fits: the cells of the support table.
+Each of the twelve pipelines on each family that fits: the cells of the support table, which
+`scripts/test --write-support-table tests/pipelines/test_served_pictures.py` writes anew.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 
+from tests.tools import support_table
 from tests.tools.compare import drawn, half_mask, noise_picture, over_http, pixels, stock
 from tests.tools.server import RunningServer
 
@@ -23,6 +25,7 @@ CELLS = [
     for family in families
 ]
 SEED = 2**31 + 5
+RESULTS: dict[tuple[str, str], bool] = {}
 
 
 def parameters_for(pipeline: str, family: str) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def controlnet(model_dir: Path, family: str, letter: str = "a") -> Any:
 def test_two_pictures_are_those_of_stock_diffusers(
     served: RunningServer, model_dir: Path, pipeline: str, family: str
 ) -> None:
+    RESULTS[pipeline, family] = False  # until the last line
     given, more, asked = parameters_for(pipeline, family), {}, {}
     if "ControlNet" in pipeline:
         more["controlnet"] = controlnet(model_dir, family)
@@ -78,6 +82,16 @@ def test_two_pictures_are_those_of_stock_diffusers(
         expected = drawn(pipe, SEED + index, **call_parameters(pipeline, given))
         assert np.array_equal(pixels(image), pixels(expected)), f"picture {index} differs"
     assert not np.array_equal(pixels(images[0]), pixels(images[1])), "the seed has no effect"
+    RESULTS[pipeline, family] = True
+
+
+def test_the_readme_shows_these_results(request: pytest.FixtureRequest) -> None:
+    if set(RESULTS) != set(CELLS):
+        pytest.skip("not every cell of the table was run")
+    table = support_table.render(RESULTS)
+    if request.config.getoption("--write-support-table"):
+        support_table.write(table)
+    assert support_table.shown() == table
 
 
 @pytest.mark.parametrize(
