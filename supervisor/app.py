@@ -14,7 +14,7 @@ from supervisor.guards import BodyGuard, KeyGuard, RequestId
 from supervisor.models import Models
 from supervisor.operations import Operation
 from supervisor.problems import on_http_exception, on_problem
-from supervisor.routes import docs, generate, images, inspect, jobs, models
+from supervisor.routes import docs, generate, images, inspect, jobs, models, openai
 from supervisor.service import Service
 from supervisor.storage import Storage
 
@@ -23,6 +23,7 @@ OPERATIONS: list[Operation] = [
     *jobs.OPERATIONS,
     *images.OPERATIONS,
     *models.OPERATIONS,
+    *openai.OPERATIONS,
     *inspect.OPERATIONS,
     *docs.OPERATIONS,
 ]

@@ -77,7 +77,7 @@ def document(operations: Sequence[Operation], needs_key: bool) -> dict[str, Any]
 def _expanded(operation: Operation) -> list[tuple[str, dict[str, Any]]]:
     """The operation; one per pipeline class where its path names one."""
     if "{pipeline}" not in operation.path:
-        return [(operation.path, _described(operation, None))]
+        return [(operation.path.replace(":path", ""), _described(operation, None))]
     return [
         (operation.path.replace("{pipeline}", name), _described(operation, name))
         for name in sorted(catalogue.pipelines())
@@ -120,7 +120,7 @@ def _parameter_schemas() -> dict[str, Any]:
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)}", operation.path)
+        for name in re.findall(r"{(\w+)(?::path)?}", operation.path)
         if name != "pipeline"
     ]
     asked = [("query", operation.query or {}), ("header", operation.headers or {})]

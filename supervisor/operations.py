@@ -29,6 +29,10 @@ class Operation:
     body: type[msgspec.Struct] | None = None
     body_name: str | None = None
     """A named schema of the document, in place of `body`'s own."""
+    files: dict[str, dict[str, Any]] | None = None
+    """JSON Schemas of files; then the body is a multipart form with these beside the fields."""
+    streams: bool = False
+    """May answer with events."""
     status: int = 200
     answer: dict[str, Any] | None = None
     media_type: str = "application/json"

@@ -12,6 +12,16 @@ from supervisor.errors import Problem
 
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large",
          415: "unsupported_media_type"}  # fmt: skip
+OPENAI_PARAMS = {
+    "checkpoint": "model",
+    "pipeline": "model",
+    "previews": "partial_images",
+    "parameters.width": "size",
+    "parameters.height": "size",
+    "parameters.mask_image": "mask",
+    "parameters.num_images_per_prompt": "n",
+}
+"""Our fields -> OpenAI's; others keep their name, without `parameters.`."""
 
 
 def problem_response(problem: Problem, scope: Scope) -> Response:
@@ -42,12 +52,24 @@ def problem_body(problem: Problem, request_id: str) -> dict[str, Any]:
 
 
 def _openai_response(problem: Problem) -> Response:
-    status = 400 if problem.status == 422 else problem.status
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    param = (problem.field or "").removeprefix("parameters.") or None
-    error = {"message": problem.detail, "type": kind, "param": param, "code": problem.code}
-    body = msgspec.json.encode({"error": error})
-    return Response(body, status, media_type="application/json")
+    body = msgspec.json.encode(openai_body(problem))
+    return Response(body, _openai_status(problem), media_type="application/json")
+
+
+def _openai_status(problem: Problem) -> int:
+    return 400 if problem.status == 422 else problem.status
+
+
+def openai_body(problem: Problem) -> dict[str, Any]:
+    """OpenAI's form, with the fields under OpenAI's names."""
+    kind = "invalid_request_error" if _openai_status(problem) < 500 else "server_error"
+    field, message = problem.field, problem.detail
+    param = None
+    if field:
+        param = OPENAI_PARAMS.get(field, field.removeprefix("parameters."))
+        message = message.replace(field, param)
+    error = {"message": message, "type": kind, "param": param, "code": problem.code}
+    return {"error": error | problem.extra}
 
 
 async def on_problem(request: Request, error: Exception) -> Response:

@@ -1,6 +1,6 @@
 """Watching a job: its changes as a stream of events, and leaving when the caller does."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 
 import anyio
@@ -38,7 +38,7 @@ def watching(job: Job) -> Iterator[MemoryObjectReceiveStream[Change]]:
         receive.close()
 
 
-async def changes(record: Record) -> AsyncIterator[Change]:
+async def changes(record: Record) -> AsyncGenerator[Change, None]:
     """Where the job is, then each change until it has ended and its answer is there."""
     job = record.job
     with watching(job) as stream:

@@ -36,10 +36,10 @@ async def generate(request: Request) -> Response:
             raise Problem("invalid_request", "cannot accept the field pipeline: the address "
                           "names it already", field="pipeline")  # fmt: skip
         body = msgspec.structs.replace(body, pipeline=pipeline)
-    claim = await _claim(request)
+    claim = claim_of(request, await request.body())
     if claim is not None and claim.record is not None:
         return _answer(claim.record)
-    record = await _accept(request, body, claim)
+    record = await accept(request, body, claim)
     if wants_async(request):
         return accepted(record)
     if "text/event-stream" in request.headers.get("accept", ""):
@@ -47,18 +47,20 @@ async def generate(request: Request) -> Response:
     return await answer_or_cancel(request, record)
 
 
-async def _claim(request: Request) -> Claim | None:
+def claim_of(request: Request, body: bytes) -> Claim | None:
+    """What the request's idempotency key stands for; None without one. Raises Problem."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
     if not 1 <= len(key) <= MAX_KEY:
         detail = f"cannot use this idempotency key: it has 1 to {MAX_KEY} characters"
         raise Problem("invalid_request", detail, field="Idempotency-Key")
-    whole = request.url.path.encode() + b"\n" + await request.body()
+    whole = request.url.path.encode() + b"\n" + body
     return service_of(request).records.claim(caller_of(request), key, whole)
 
 
-async def _accept(request: Request, body: GenerateBody, claim: Claim | None) -> Record:
+async def accept(request: Request, body: GenerateBody, claim: Claim | None) -> Record:
+    """The request as an accepted job. Raises Problem; then its key is free again."""
     service, caller = service_of(request), caller_of(request)
     detached = claim is not None or wants_async(request)
     try:
@@ -91,13 +93,20 @@ def _answer(record: Record) -> Response:
 
 async def answer_or_cancel(request: Request, record: Record) -> Response:
     """The whole answer; a caller that hangs up first cancels its job."""
+    if not await done_or_cancelled(request, record):
+        return Response(status_code=CLIENT_LEFT)
+    return _answer(record)
+
+
+async def done_or_cancelled(request: Request, record: Record) -> bool:
+    """Waits for the answer; false when the caller hung up, and with that cancelled its job."""
     done = False
     try:
         done = await done_or_gone(record, request.receive)
     finally:
         if not done and not record.detached:
             service_of(request).cancel(record)
-    return _answer(record) if done else Response(status_code=CLIENT_LEFT)
+    return done
 
 
 def event_stream(request: Request, record: Record) -> Response:

@@ -6,7 +6,7 @@ from tests.tools import weights
 
 
 def model_dir(root: Path) -> Path:
-    """Checkpoints `sd15` and `sdxl`, the VAE `vae` among them as folders."""
-    for family in ("sd15", "sdxl"):
-        weights.files(root / "checkpoints" / family, weights.checkpoint_files(family))
+    """Checkpoints `sd15`, `sdxl` and `some/group/nested`."""
+    for name, family in (("sd15", "sd15"), ("sdxl", "sdxl"), ("some/group/nested", "sd15")):
+        weights.files(root / "checkpoints" / name, weights.checkpoint_files(family))
     return root

@@ -188,11 +188,14 @@ class ScriptedRunner:
         steps, step, began = steps_each * len(work.calls), 0, time.monotonic()
         for index, call in enumerate(work.calls):
             self.progress(work.job, "encoding", step, steps)
-            for _ in range(steps_each):
+            for number in range(steps_each):
                 self.fault(work, script, step + 1, due)
                 self.pause(work.job, script.get("step_seconds", 0))
                 step += 1
                 self.progress(work.job, "denoising", step, steps)
+                if number < work.previews:
+                    data = picture(8, 8, call.seed + number, "jpeg", 0)
+                    self.send(m.Preview(job=work.job, index=index, data=data))
             self.progress(work.job, "decoding", step, steps)
             self.deliver(work, index, call, script)
         self.send(finished(work.job, script if due else {}, time.monotonic() - began, step))

@@ -22,11 +22,13 @@ POLL_SECONDS = 0.02
 class RunningServer:
     """A server that was started; its log is a file of JSON lines."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], url: str, log: Path, key: str = ""
+    ) -> None:
         self.process = process
         self.url = url
         self.log = log
-        self.client = httpx.Client(base_url=url, timeout=120)
+        self.client = httpx.Client(base_url=url, timeout=120, headers=bearer(key))
 
     def placement(self) -> list[dict[str, Any]]:
         workers: list[dict[str, Any]] = self.client.get("/placement").json()["workers"]
@@ -45,6 +47,10 @@ class RunningServer:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def wait_until(holds: Any, seconds: float = 30.0) -> None:
@@ -71,7 +77,8 @@ def running(
         )
         server = None
         try:
-            server = RunningServer(process, _url(process, log), log)
+            key = environ.get("API_KEY", "").partition(",")[0]
+            server = RunningServer(process, _url(process, log), log, key)
             server.until_ready(workers)
             yield server
         finally:
