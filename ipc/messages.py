@@ -203,6 +203,8 @@ class Finished(Message, frozen=True, kw_only=True):
     generation_seconds: float = 0.0
     encode_seconds: float = 0.0
     step_seconds: float | None = None
+    batch_rows: float | None = None
+    """Pictures that shared the job's steps, its own included, on the average."""
     memory_fallback: str | None = None
 
 

@@ -36,7 +36,7 @@ EXAMPLES: list[m.Message] = [
     m.Preview(job="j", index=0, data=b"\x01"),
     m.Picture(job="j", index=1, data=b"\x02", nsfw=False),
     m.Finished(job="j", load_seconds=0.5, generation_seconds=1.5, encode_seconds=0.25,
-               step_seconds=0.125, memory_fallback="tiling"),
+               step_seconds=0.125, batch_rows=2.5, memory_fallback="tiling"),
     m.Rejected(job="j", code="invalid_request", detail="cannot", field="parameters.width"),
     m.Failed(job="j", code="generation_failed", detail="cannot"),
     m.Cancelled(job="j"),
