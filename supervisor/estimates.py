@@ -4,6 +4,8 @@ Pure. Each figure is an exponential moving average per model, falling back to th
 mean over other models, then to a guess that is never used to refuse a job.
 """
 
+from supervisor.placement import slowdown
+
 GUESSED_STEP_SECONDS = 0.1
 GUESSED_SWAP_SECONDS = 2.0
 WEIGHT = 0.3
@@ -32,8 +34,12 @@ class Averages:
 
 
 class Estimates:
-    """Seconds per denoising step and per swap."""
+    """Seconds per denoising step of one picture that has the device to itself, and per swap."""
 
     def __init__(self) -> None:
         self.steps = Averages(GUESSED_STEP_SECONDS)
         self.swaps = Averages(GUESSED_SWAP_SECONDS)
+
+    def stepped(self, model: str, step_seconds: float, batch_rows: float | None) -> None:
+        """A job's steps took so long, each as one of `batch_rows` pictures' on the average."""
+        self.steps.measured(model, step_seconds / slowdown(batch_rows or 1.0))

@@ -7,7 +7,7 @@ workers, one after the other, always with the same seeds.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import assert_never
 
 import msgspec
 
@@ -15,10 +15,23 @@ from ipc import messages
 from supervisor.errors import Problem
 from supervisor.estimates import Estimates
 from supervisor.placement import JobView
-from supervisor.states import ENDED_JOB_STATES, JobEvent, JobState, next_job_state
+from supervisor.states import (
+    ENDED_JOB_STATES,
+    ImpossibleTransition,
+    JobEvent,
+    JobState,
+    next_job_state,
+)
 
 SECONDS_PER_PRIORITY = 2.0
 """A job that waits gains a point of priority in this time, so that none waits for ever."""
+
+GUESSED_STEPS = 50
+"""What most pipelines do when nothing is said."""
+
+
+Moved = messages.Progress | messages.Preview | messages.Picture
+Answered = messages.Finished | messages.Rejected | messages.Failed | messages.Cancelled
 
 
 class Change(msgspec.Struct, frozen=True, tag_field="event", tag=str.lower):
@@ -71,9 +84,15 @@ class Job:
     state: JobState = JobState.QUEUED
     attempts: int = 0
     deaths: int = 0
-    deaths_alone: int = 0
+    killed_from_outside: int = 0
     alone: bool = False
     worker: int | None = None
+    left_worker: int | None = None
+    """The worker that died under it last."""
+    swaps: bool = False
+    """Its worker did not hold the model when the job was sent there."""
+    moved_at: float = 0.0
+    """When its worker last said anything of it."""
     position: int = 0
     started_at: float | None = None
     phase: messages.Phase | None = None
@@ -97,20 +116,42 @@ class Job:
         return self.state in ENDED_JOB_STATES
 
     def tell(self, change: Change) -> None:
-        for watcher in tuple(self.watchers):
+        for watcher in () if self.has_ended and change != Ended() else tuple(self.watchers):
             watcher(change)
 
-    def dispatched(self, worker: int, now: float) -> None:
+    def dispatched(self, worker: int, now: float, swaps: bool) -> None:
         self.state = next_job_state(self.state, JobEvent.DISPATCHED)
-        self.worker, self.attempts = worker, self.attempts + 1
+        self.worker, self.attempts, self.swaps = worker, self.attempts + 1, swaps
         self.started_at = self.started_at or now
+        self.moved_at = now
 
-    def worker_lost(self, ran_alone: bool) -> None:
+    def moved(self, message: Moved, now: float) -> None:
+        """Its worker is getting on with it. Raises ImpossibleTransition for what cannot be."""
+        self.moved_at = now
+        match message:
+            case messages.Picture():
+                if not 0 <= message.index < self.expected_pictures:
+                    raise ImpossibleTransition(f"cannot have picture {message.index}")
+                self.pictures[message.index] = message
+            case messages.Preview():
+                self.tell(Preview(message.data))
+            case messages.Progress(phase="loading"):
+                self.phase = message.phase
+                share = message.step / message.steps if message.steps else 0.0
+                self.tell(Loading(self.message.checkpoint.name, share))
+            case messages.Progress():
+                self.phase, self.step, self.steps = message.phase, message.step, message.steps
+                self.tell(Progress(self.step, self.steps, self.step / max(self.steps, 1)))
+            case _:
+                assert_never(message)
+
+    def worker_lost(self, from_outside: bool) -> None:
         """Back to the queue, to run by itself with nothing of the lost attempt kept."""
         self.state = next_job_state(self.state, JobEvent.WORKER_LOST)
         self.deaths += 1
-        self.deaths_alone += ran_alone
-        self.worker, self.alone, self.phase, self.step = None, True, None, 0
+        self.killed_from_outside += from_outside
+        self.worker, self.left_worker = None, self.worker
+        self.alone, self.phase, self.step = True, None, 0
         self.pictures.clear()
 
     def ended(self, event: JobEvent, outcome: Outcome) -> None:
@@ -118,8 +159,25 @@ class Job:
         self.outcome = outcome
         self.tell(Ended())
 
-    def steps_left(self) -> int:
-        return max(self.expected_steps() - self.step, 0)
+    def outcome_of(self, answer: Answered) -> tuple[JobEvent, Outcome]:
+        """How it ends by its worker's answer."""
+        match answer:
+            case messages.Finished():
+                missing = self.expected_pictures - len(self.pictures)
+                if not missing:
+                    pictures = [self.pictures[index] for index in sorted(self.pictures)]
+                    return JobEvent.FINISHED, Outcome(pictures=pictures, finished=answer)
+                detail = f"cannot answer: {missing} pictures are missing"
+                problem = Problem("generation_failed", detail)
+            case messages.Rejected():
+                problem = Problem(answer.code, answer.detail, field=answer.field)
+            case messages.Failed():
+                problem = Problem(answer.code, answer.detail)
+            case messages.Cancelled():
+                problem = Problem("cancelled", "cannot go on: the worker gave the job up")
+            case _:
+                assert_never(answer)
+        return JobEvent.FAILED, Outcome(problem=problem)
 
     def expected_steps(self) -> int:
         """Denoising steps over all calls; 0 for a job that makes no picture."""
@@ -127,10 +185,25 @@ class Job:
             return 0
         if self.steps:
             return self.steps
-        each = self.message.parameters.get("num_inference_steps") or 50
+        each = self.message.parameters.get("num_inference_steps") or GUESSED_STEPS
         return int(each) * len(self.message.calls)
 
-    def outgoing(self) -> Any:
+    def work_seconds(self, estimates: Estimates) -> float:
+        """What its steps still need on a device that does nothing else."""
+        steps = max(self.expected_steps() - self.step, 0)
+        return steps * estimates.steps.expected(self.model)
+
+    def running_seconds(self, estimates: Estimates) -> float:
+        """Where it runs: the steps that are left, and the swap while that is not over."""
+        loading = self.swaps and self.phase in (None, "loading")
+        swap = estimates.swaps.expected(self.model) if loading else 0.0
+        return swap + self.work_seconds(estimates)
+
+    @property
+    def expected_pictures(self) -> int:
+        return len(self.message.calls) if isinstance(self.message, messages.Generate) else 0
+
+    def outgoing(self) -> messages.Generate | messages.Load | messages.Unload:
         """The message for the worker that takes the job now."""
         if isinstance(self.message, messages.Generate):
             return msgspec.structs.replace(self.message, alone=self.alone)
@@ -140,29 +213,31 @@ class Job:
         return JobView(
             id=self.id,
             model=self.model,
-            work_seconds=self.steps_left() * estimates.steps.expected(self.model),
+            work_seconds=self.work_seconds(estimates),
             swap_seconds=estimates.swaps.expected(self.model),
             alone=self.alone,
             worker=self.pinned_worker,
+            avoids=self.left_worker,
         )
 
 
 def in_order(jobs: Iterable[Job], running: Iterable[Job], now: float) -> list[Job]:
     """Queued jobs as they should be served.
 
-    By priority, where waiting counts; among equals each caller's first job comes
-    before anybody's second, and what a caller has running counts as before.
+    Callers take turns: each caller's first job comes before anybody's second, and what a
+    caller has running counts as before. Within a turn, and among a caller's own jobs, by
+    priority, where waiting counts; then by age.
     """
     ahead = Counter(job.caller for job in running)
-    ranked = []
+    turns = []
     for job in sorted(jobs, key=lambda job: (-_urgency(job, now), job.accepted_at)):
-        ranked.append((-_urgency(job, now), ahead[job.caller], job.accepted_at, job))
+        turns.append((ahead[job.caller], job))
         ahead[job.caller] += 1
-    return [entry[-1] for entry in sorted(ranked, key=lambda entry: entry[:-1])]
+    return [job for _, job in sorted(turns, key=lambda turn: turn[0])]
 
 
-def _urgency(job: Job, now: float) -> int:
-    return job.priority + int((now - job.accepted_at) / SECONDS_PER_PRIORITY)
+def _urgency(job: Job, now: float) -> float:
+    return job.priority + (now - job.accepted_at) / SECONDS_PER_PRIORITY
 
 
 def overdue(jobs: Iterable[Job], now: float) -> list[Job]:

@@ -10,14 +10,16 @@ from typing import Any
 
 import anyio
 import anyio.abc
+from anyio import to_thread
 from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ipc import messages
 from ipc.channel import Codec, PeerGone, ProtocolError
+from supervisor import monitoring
 from supervisor.fleet import Fleet
 from supervisor.states import WorkerState
 from supervisor.worker import Worker
-from supervisor.worker_process import COMMAND, WorkerProcess
+from supervisor.worker_process import COMMAND, Exit, WorkerProcess
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")
@@ -26,6 +28,8 @@ TICK_SECONDS = 0.1
 FRAME_SECONDS = 30.0
 """A frame that has begun must be whole within this time."""
 LAST_WORDS_SECONDS = 1.0
+MEMORY_SECONDS = 20.0
+"""How long a device may take to give back what a dead worker held there."""
 SECRET_VARIABLES = frozenset({"API_KEY", "HF_TOKEN", "WEBHOOK_SECRET", "WEBHOOK_AUTH_VALUE"})
 
 Begin = Callable[[Worker], messages.Start]
@@ -45,6 +49,7 @@ class Lives:
         self._begin = begin
         self._command = command
         self._environ = environ
+        self._baselines: dict[int, int | None] = {}
         sharers = sum(worker.device == "cpu" for worker in fleet.workers.values())
         self._threads = max(len(os.sched_getaffinity(0)) // max(sharers, 1), 1)
         self._codec: Codec[messages.ToWorker, messages.FromWorker] = Codec(messages.FromWorker)
@@ -75,56 +80,91 @@ class Lives:
 
     async def _one_life(self, worker: Worker) -> None:
         environ = environment(worker.device, self._environ, self._threads)
-        process = await WorkerProcess.spawn(environ, self._codec, self._command)
-        outgoing, queue = anyio.create_memory_object_stream[Any](float("inf"))
-        self._fleet.worker_spawned(worker, process, outgoing.send_nowait)
-        outgoing.send_nowait(self._begin(worker))
+        if worker.device != "cpu":
+            await self._memory_is_back(worker, environ["CUDA_VISIBLE_DEVICES"])
+        if worker.state is not WorkerState.STARTING:
+            return self._fleet.spawn_failed(worker, "it was told to stop")
         try:
-            async with anyio.create_task_group() as group:
-                heard = anyio.Event()
-                group.start_soon(self._print, worker, process)
-                group.start_soon(self._send, process, queue)
-                group.start_soon(self._receive, worker, process, heard)
-                exit = await process.wait()
-                with anyio.move_on_after(LAST_WORDS_SECONDS):
-                    await heard.wait()
-                group.cancel_scope.cancel()
-        except BaseException:
-            process.kill()
-            raise
+            process = await WorkerProcess.spawn(environ, self._codec, self._command)
+        except OSError as error:
+            return self._fleet.spawn_failed(worker, error.strerror or type(error).__name__)
+        try:
+            exit = await self._until_exit(worker, process)
         finally:
-            outgoing.close()
-            queue.close()
-            process.close()
+            with anyio.CancelScope(shield=True):
+                await process.end()
         self._fleet.worker_exited(worker, exit)
 
-    async def _print(self, worker: Worker, process: WorkerProcess) -> None:
+    async def _until_exit(self, worker: Worker, process: WorkerProcess) -> Exit:
+        outgoing, queue = anyio.create_memory_object_stream[Any](float("inf"))
+        with outgoing, queue:
+            self._fleet.worker_spawned(worker, process, outgoing.send_nowait)
+            outgoing.send_nowait(self._begin(worker))
+            async with anyio.create_task_group() as group:
+                heard, printed = anyio.Event(), anyio.Event()
+                group.start_soon(self._print, worker, process, printed)
+                group.start_soon(self._send, worker, process, queue)
+                group.start_soon(self._receive, worker, process, heard)
+                exit = await process.wait()
+                # What it said before it ended is still in the pipes.
+                with anyio.move_on_after(LAST_WORDS_SECONDS):
+                    await heard.wait()
+                    await printed.wait()
+                group.cancel_scope.cancel()
+        return exit
+
+    async def _memory_is_back(self, worker: Worker, device: str) -> None:
+        """Waits, for a while, until the device's memory is as before the first worker."""
+
+        async def used() -> int | None:
+            return await to_thread.run_sync(monitoring.used_device_bytes, device)
+
+        if worker.id not in self._baselines:
+            self._baselines[worker.id] = await used()
+        with anyio.move_on_after(MEMORY_SECONDS) as waiting:
+            while worker.state is WorkerState.STARTING and monitoring.is_still_held(  # noqa: ASYNC110
+                await used(), self._baselines[worker.id]
+            ):
+                await anyio.sleep(TICK_SECONDS)
+        if waiting.cancelled_caught:
+            log.warning("device memory is still held", extra={"worker": worker.id})
+
+    async def _print(self, worker: Worker, process: WorkerProcess, printed: anyio.Event) -> None:
         async for line in process.lines():
             worker_log.info(line, extra={"worker": worker.id})
+        printed.set()
 
-    async def _send(self, process: WorkerProcess, queue: MemoryObjectReceiveStream[Any]) -> None:
-        try:
-            async for message in queue:
+    async def _send(
+        self, worker: Worker, process: WorkerProcess, queue: MemoryObjectReceiveStream[Any]
+    ) -> None:
+        async for message in queue:
+            try:
                 await process.channel.send(message)
-        except PeerGone:
-            pass  # the receiver finds out and says so
+            except PeerGone:
+                return  # the receiver finds out and says so
+            except ProtocolError as error:
+                answer = messages.Failed(job=message.job, code="invalid_request", detail=str(error))
+                self._fleet.received(worker, answer)
 
     async def _receive(self, worker: Worker, process: WorkerProcess, heard: anyio.Event) -> None:
         """Passes messages on until the worker's end is closed or talks nonsense."""
+        reason = "closed its pipe and lived on"
         try:
             while True:
                 self._fleet.received(worker, await _next_message(process))
         except PeerGone:
             heard.set()
             await anyio.sleep(LAST_WORDS_SECONDS)  # an exit is the better explanation
-            self._fleet.protocol_broken(worker, "closed its pipe and lives on")
         except ProtocolError as error:
-            heard.set()
+            reason = f"broke the protocol: {error}"
             log.warning("broken frame", extra={"worker": worker.id, "reason": str(error)})
-            self._fleet.protocol_broken(worker, f"broke the protocol: {error}")
         except TimeoutError:
-            heard.set()
-            self._fleet.protocol_broken(worker, "stopped within a frame")
+            reason = "stopped within a frame"
+        except Exception:  # a defect here must not take every worker with it
+            reason = "was given up after a defect in the supervisor"
+            log.exception("cannot handle a message", extra={"worker": worker.id})
+        heard.set()
+        self._fleet.protocol_broken(worker, reason)
 
 
 async def _next_message(process: WorkerProcess) -> messages.FromWorker:
@@ -136,8 +176,7 @@ async def _next_message(process: WorkerProcess) -> messages.FromWorker:
 def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[str, str]:
     """A worker's environment: it sees one device, no secret, and never the network.
 
-    `threads` is a worker's share of the host's processors when it computes on them,
-    unless the operator has decided already.
+    `threads` is a worker's share of the host's processors when it computes on them.
     """
     index = device.partition(":")[2]
     visible = [word.strip() for word in environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]

@@ -157,3 +157,26 @@ def _cuda_version() -> str | None:
         found = re.search(r"^cuda\b.*=\s*'([\d.]+)'", Path(str(file)).read_text(), re.MULTILINE)
         return found[1] if found else None
     return None
+
+
+HELD_BYTES = 512 * MB
+"""More than this above the baseline is a worker's; other tenants come and go below it."""
+
+
+def used_device_bytes(visible: str) -> int | None:
+    """Memory in use on a device, named as in CUDA_VISIBLE_DEVICES; None if it is not told."""
+    with _nvml() as nvml:
+        if nvml is not None:
+            by_index = nvml.nvmlDeviceGetHandleByIndex
+            handle = (
+                by_index(int(visible))
+                if visible.isdecimal()
+                else nvml.nvmlDeviceGetHandleByUUID(visible)
+            )
+            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
+    return None
+
+
+def is_still_held(used: int | None, baseline: int | None) -> bool:
+    """True while a device's memory has not come back. Of unknown figures nothing is held."""
+    return used is not None and baseline is not None and used > baseline + HELD_BYTES

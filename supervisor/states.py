@@ -66,6 +66,9 @@ _ALIVE = {
     _WE.STOP_REQUESTED: _W.STOPPING,
 }
 
+# What may have been on its way when the end of the process was decided.
+_LATE = (_WE.READY_REPORTED, _WE.RESTART_REQUESTED)
+
 WORKER_TABLE: dict[WorkerState, dict[WorkerEvent, WorkerState]] = {
     _W.STARTING: {
         **_ALIVE,
@@ -83,13 +86,12 @@ WORKER_TABLE: dict[WorkerState, dict[WorkerEvent, WorkerState]] = {
     },
     _W.STOPPING: {
         **_ALIVE,
-        _WE.FATAL_REPORTED: _W.STOPPING,
-        _WE.RESTART_REQUESTED: _W.STOPPING,
+        **dict.fromkeys(_LATE, _W.STOPPING),
         _WE.STOP_TIMED_OUT: _W.KILLING,
     },
     _W.KILLING: {
         **dict.fromkeys(_ALIVE, _W.KILLING),
-        _WE.RESTART_REQUESTED: _W.KILLING,
+        **dict.fromkeys(_LATE, _W.KILLING),
         _WE.STOP_TIMED_OUT: _W.KILLING,
         _WE.EXITED: _W.BACKING_OFF,
     },

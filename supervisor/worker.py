@@ -4,16 +4,17 @@ Knows no pipes and no clock: the process is something to post messages to and to
 signal, and time is an argument, in seconds.
 """
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ipc import messages
 from supervisor.estimates import Estimates
 from supervisor.jobs import Job
 from supervisor.placement import WorkerView
 from supervisor.settings import Settings
-from supervisor.states import LIVE_WORKER_STATES, WorkerEvent, WorkerState, next_worker_state
+from supervisor.states import WorkerEvent, WorkerState, next_worker_state
 
 TERM_AFTER_SECONDS = 2.0
 KILL_AFTER_SECONDS = 5.0
@@ -26,6 +27,29 @@ class Process(Protocol):
 
     def terminate(self) -> None: ...
     def kill(self) -> None: ...
+
+
+class CauseKind(enum.StrEnum):
+    """Why a worker's process ended, as a label."""
+
+    PLANNED = "planned"
+    EXITED = "exited"
+    """By itself, without a word."""
+    KILLED = "killed"
+    """By somebody else than its supervisor, such as the kernel."""
+    FATAL = "fatal"
+    """It said that it could not go on."""
+    STALLED = "stalled"
+    PROTOCOL = "protocol"
+    LAUNCH = "launch"
+    """It could not load LAUNCH_CHECKPOINT."""
+
+
+class Cause(NamedTuple):
+    """Why a process ended, or is going to; `words` follow after 'the worker'."""
+
+    kind: CauseKind
+    words: str
 
 
 def _nothing(message: messages.ToWorker) -> None:
@@ -41,7 +65,7 @@ class Worker:
     state: WorkerState = WorkerState.STARTING
     state_since: float = 0.0
     process: Process | None = None
-    post: Callable[[messages.ToWorker], None] = _nothing
+    post: Callable[[Any], None] = _nothing
     name: str = ""
     capacity: int = 1
     packages: dict[str, str | None] = field(default_factory=dict)
@@ -49,15 +73,13 @@ class Worker:
     models: list[messages.Resident] = field(default_factory=list)
     running: dict[str, Job] = field(default_factory=dict)
     moved_at: float = 0.0
-    """When anything was last heard of the jobs that run."""
+    """When anything was last heard of it."""
     failures: int = 0
     failed_starts: int = 0
     restarts: int = 0
     restart_at: float = 0.0
     last_exit: str | None = None
-    fatal: messages.Fatal | None = None
-    signalled: bool = False
-    """This side has ended the process: its exit blames nobody."""
+    cause: Cause | None = None
     step_seconds: float | None = None
 
     def happened(self, event: WorkerEvent, now: float) -> None:
@@ -67,32 +89,46 @@ class Worker:
 
     def began(self, process: Process, post: Callable[[Any], None], now: float) -> None:
         self.process, self.post, self.state_since, self.moved_at = process, post, now, now
-        self.fatal, self.signalled = None, False
 
     def gone(self) -> list[Job]:
-        """Forgets the process; returns the jobs that ran on it."""
+        """Forgets the process; returns the jobs that were on it."""
         jobs = list(self.running.values())
-        self.process, self.post, self.memory = None, _nothing, None
+        self.process, self.post, self.memory, self.cause = None, _nothing, None, None
         self.models, self.running = [], {}
         return jobs
 
-    @property
-    def is_alive(self) -> bool:
-        return self.state in LIVE_WORKER_STATES
+    def died(self, last_exit: str, started: bool) -> None:
+        """Counts an end that was not planned; `started` is true after it was ready once."""
+        self.last_exit = last_exit
+        self.failures += 1
+        self.failed_starts = 0 if started else self.failed_starts + 1
 
     def holds(self, path: str) -> bool:
         return any(model.path == path for model in self.models)
 
-    def is_stalled(self, settings: Settings, launching: bool, now: float) -> bool:
-        """True when the phase it is in has taken longer than that phase may."""
-        if self.state is WorkerState.STARTING:
+    def stalled(self, settings: Settings, launching: bool, now: float) -> str | None:
+        """What took longer than it may, in words; None when all goes on."""
+        if self.state is WorkerState.STARTING and self.process:
             allowance = settings.load_timeout_seconds if launching else 0.0
-            return now - self.state_since > settings.start_timeout_seconds + allowance
-        if self.state not in (WorkerState.READY, WorkerState.DRAINING) or not self.running:
-            return False
-        loading = any(job.phase in (None, "loading") for job in self.running.values())
-        limit = settings.load_timeout_seconds if loading else settings.step_timeout_seconds
-        return now - self.moved_at > limit
+            limit = settings.start_timeout_seconds + allowance
+            late = now - self.state_since > limit
+            return f"was not ready within {limit:g} s" if late else None
+        if self.state in (WorkerState.READY, WorkerState.DRAINING) and self.running:
+            return self._stalled_job(settings, now)
+        return None
+
+    def _stalled_job(self, settings: Settings, now: float) -> str | None:
+        """The worker as a whole must move, and each of its jobs, that share it, in their turn."""
+        begun = [job for job in self.running.values() if job.phase is not None]
+        limits = {job.id: phase_seconds(job, settings) for job in begun}
+        whole = max(limits.values(), default=settings.step_timeout_seconds)
+        if now - self.moved_at > whole:
+            phases = sorted({job.phase or "waiting" for job in begun}) or ["waiting"]
+            return f"made no progress for {whole:g} s while {' and '.join(phases)}"
+        for job in begun:
+            if now - job.moved_at > whole * (len(begun) - 1) + limits[job.id]:
+                return f"made no progress with one of its {len(begun)} jobs while {job.phase}"
+        return None
 
     def stop_is_overdue(self, now: float) -> bool:
         stopping = self.state in (WorkerState.STOPPING, WorkerState.KILLING)
@@ -106,15 +142,18 @@ class Worker:
         return self.state is WorkerState.READY and now - self.state_since > STAY_UP_SECONDS
 
     def view(self, estimates: Estimates) -> WorkerView:
-        work = [
-            job.steps_left() * estimates.steps.expected(job.model)
-            for job in self.running.values()
-        ]
         return WorkerView(
             id=self.id,
             capacity=self.capacity,
-            running=len(self.running),
+            running_seconds=tuple(job.running_seconds(estimates) for job in self.running.values()),
             exclusive=any(job.alone for job in self.running.values()),
-            busy_seconds=max([sum(work) / self.capacity, *work]),
             resident=frozenset(model.path for model in self.models),
         )
+
+
+def phase_seconds(job: Job, settings: Settings) -> float:
+    """How long a job may stay where it is. A first step may have to be compiled."""
+    compiles = settings.compile_backend != "none" and job.step == 0
+    if job.phase == "loading" or compiles:
+        return settings.load_timeout_seconds
+    return settings.step_timeout_seconds

@@ -25,6 +25,7 @@ COMMAND = (sys.executable, "-m", "gpu_worker")
 LAST_LINES = 20
 MAX_LINE_BYTES = 4000
 PIPE_BYTES = 2**20
+REAP_SECONDS = 5.0
 
 
 class Exit(msgspec.Struct, frozen=True):
@@ -51,6 +52,7 @@ class WorkerProcess:
         self._process = process
         self.channel = channel
         self.pid = process.pid
+        self._group_ended = False
         self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     @classmethod
@@ -62,7 +64,12 @@ class WorkerProcess:
     ) -> "WorkerProcess":
         """Called on the main thread: parent-death signals follow the spawning thread."""
         child_reads, we_write = os.pipe()
-        we_read, child_writes = os.pipe()
+        try:
+            we_read, child_writes = os.pipe()
+        except OSError:
+            os.close(child_reads)
+            os.close(we_write)
+            raise
         with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
             _enlarge(we_write)
             _enlarge(we_read)
@@ -122,15 +129,30 @@ class WorkerProcess:
         """Waits for the process to be reaped, then ends what is left of its group."""
         code = await self._process.wait()
         self.kill()
+        self._group_ended = True  # from now on the number may be somebody else's
         return Exit(code, tuple(self._last_lines))
 
-    def close(self) -> None:
+    async def end(self) -> None:
+        """Kills what still lives and closes every descriptor."""
+        self.kill()
         self.channel.close()
+        with anyio.move_on_after(REAP_SECONDS):
+            await self._process.aclose()
+        _reap_group(self.pid)
 
     def _signal(self, number: signal.Signals) -> None:
+        if self._group_ended:
+            return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
 
 def _enlarge(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+def _reap_group(group: int) -> None:
+    """The worker's own children become ours where we are process 1 of a container."""
+    with suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
