@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gpu_worker import loop
+from gpu_worker import guard, loop
 from ipc.channel import BlockingChannel, Codec
 from ipc.messages import Start, ToWorker
 
@@ -60,6 +60,7 @@ def run(given: argparse.Namespace, make_runner: loop.MakeRunner) -> NoReturn:
 def main() -> NoReturn:
     given = arguments(sys.argv[1:])
     die_with_parent(given.parent)
+    guard.start(given.read_fd, given.write_fd)
     os.environ.update(OFFLINE)
 
     def make_runner(start: Start, send: loop.Send) -> loop.Runner:

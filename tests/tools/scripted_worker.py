@@ -43,7 +43,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from gpu_worker import __main__ as process
-from gpu_worker import loop
+from gpu_worker import guard, loop
 from ipc import messages as m
 from ipc.channel import BlockingChannel, Codec
 
@@ -346,6 +346,7 @@ def files(path: Path) -> list[Path]:
 def main() -> NoReturn:
     given = process.arguments(sys.argv[1:])
     process.die_with_parent(given.parent)
+    guard.start(given.read_fd, given.write_fd)
     script = environment_script()
     state = {"ignore_term": script.get("fault") == "ignore_term"}
     signal.signal(signal.SIGTERM, lambda *_: None if state["ignore_term"] else process.end(0))
