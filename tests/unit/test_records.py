@@ -1,0 +1,103 @@
+"""Records: results are kept for a while, and an idempotency key stands for one request."""
+
+from collections.abc import Callable
+
+import pytest
+
+from ipc import messages
+from supervisor.errors import Problem
+from supervisor.jobs import Job
+from supervisor.preparation import Prepared
+from supervisor.records import Record, Records
+from supervisor.requests import GenerateBody
+
+RETENTION_SECONDS = 600.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def records(clock: Clock) -> Records:
+    return Records(RETENTION_SECONDS, clock)
+
+
+def record(id: str) -> Record:
+    message = messages.Generate(
+        job=id, pipeline="P", checkpoint=messages.Model(name="c", path="/c"), calls=[]
+    )
+    prepared = Prepared(message=message, inputs={}, seeds=[])
+    return Record(Job(id, message, 0.0, 60.0), GenerateBody(), prepared, id, 0.0)
+
+
+def code_of(call: Callable[[], object]) -> str:
+    with pytest.raises(Problem) as raised:
+        call()
+    return raised.value.code
+
+
+def test_a_job_that_runs_is_never_forgotten(records: Records, clock: Clock) -> None:
+    running = record("a")
+    records.add(running)
+    clock.now = 10 * RETENTION_SECONDS
+    assert records.find("a") is running
+
+
+def test_a_result_is_kept_then_forgotten_then_unknown(records: Records, clock: Clock) -> None:
+    ended = record("a")
+    records.add(ended)
+    ended.end(clock.now, answer=b"{}")
+    clock.now = RETENTION_SECONDS - 1
+    assert records.find("a").result() == b"{}"
+    clock.now = RETENTION_SECONDS
+    assert code_of(lambda: records.find("a")) == "forgotten"
+    clock.now = 3 * RETENTION_SECONDS
+    assert code_of(lambda: records.find("a")) == "not_found"
+
+
+def test_a_record_that_ended_badly_raises_what_it_ended_with() -> None:
+    ended = record("a")
+    ended.end(0.0, problem=Problem("poison", "cannot"))
+    assert code_of(ended.result) == "poison"
+
+
+def test_a_key_answers_the_same_request_with_the_same_record(records: Records) -> None:
+    claim = records.claim("caller", "k", b"body")
+    assert claim.record is None
+    assert code_of(lambda: records.claim("caller", "k", b"body")) == "key_in_use"
+    claim.record = record("a")
+    records.add(claim.record)
+    assert code_of(lambda: records.claim("caller", "k", b"body")) == "key_in_use"
+    claim.record.end(0.0, answer=b"{}")
+    assert records.claim("caller", "k", b"body").record is claim.record
+    assert code_of(lambda: records.claim("caller", "k", b"other")) == "key_reused"
+
+
+def test_keys_of_different_callers_are_different_keys(records: Records) -> None:
+    records.claim("one", "k", b"body")
+    assert records.claim("two", "k", b"other").record is None
+
+
+def test_a_key_is_free_again_when_its_request_was_refused(records: Records) -> None:
+    records.claim("caller", "k", b"body")
+    records.unclaim("caller", "k")
+    assert records.claim("caller", "k", b"other").record is None
+
+
+def test_a_key_is_kept_as_long_as_its_job(records: Records, clock: Clock) -> None:
+    claim = records.claim("caller", "k", b"body")
+    claim.record = record("a")
+    records.add(claim.record)
+    claim.record.end(clock.now, answer=b"{}")
+    clock.now = RETENTION_SECONDS
+    assert records.claim("caller", "k", b"other").record is None
