@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -27,19 +28,48 @@ def pixels(picture: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(picture.convert("RGB"))
 
 
+def same(some: Image.Image, other: Image.Image) -> bool:
+    """To the last bit of every pixel."""
+    return np.array_equal(pixels(some), pixels(other))
+
+
+def share_changed(some: Image.Image, other: Image.Image) -> float:
+    """The share of bytes that differ, 0 to 1; infinite where one differs by more than 1."""
+    difference = np.abs(pixels(some).astype(int) - pixels(other))
+    return float(np.mean(difference != 0)) if difference.max() <= 1 else float("inf")
+
+
 def over_http(
     server: RunningServer, checkpoint: str, pipeline: str, parameters: Mapping[str, Any], **more: Any
 ) -> list[Image.Image]:
     """Pillow pictures among the parameters travel as base64."""
+    answer = asked(server, checkpoint, pipeline, parameters, **more)
+    assert answer.status_code == 200, answer.text
+    return received(answer)
+
+
+def asked(
+    server: RunningServer, checkpoint: str, pipeline: str, parameters: Mapping[str, Any], **more: Any
+) -> httpx.Response:
+    """The answer, whatever it is."""
     body = {
         "checkpoint": checkpoint,
         "parameters": {name: _encoded(value) for name, value in parameters.items()},
         "output_format": "png",
+        # Pictures that share a step differ by roundings from those made alone.
+        "deterministic": _makes_several(parameters),
         **more,
     }
-    answer = server.client.post(f"/generate/{pipeline}", json=body)
-    assert answer.status_code == 200, answer.text
+    return server.client.post(f"/generate/{pipeline}", json=body)
+
+
+def received(answer: httpx.Response) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(image))) for image in answer.json()["images"]]
+
+
+def _makes_several(parameters: Mapping[str, Any]) -> bool:
+    several = parameters.get("num_images_per_prompt", 1) > 1
+    return several or isinstance(parameters.get("prompt"), list)
 
 
 def _encoded(value: Any) -> Any:
