@@ -20,6 +20,7 @@ from supervisor.requests import Body, GenerateBody, LoraChoice, Name
 
 EventKind = Literal["image_generation", "image_edit"]
 Size = tuple[int, int]
+SIZE = r"^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$(?!\n)"
 
 
 class ImagesBody(Body, frozen=True, kw_only=True):
@@ -28,7 +29,7 @@ class ImagesBody(Body, frozen=True, kw_only=True):
     prompt: Annotated[str, Meta(min_length=1, max_length=16_384)]
     model: Name | None = None
     n: Annotated[int, Meta(ge=1, le=10)] | None = None
-    size: Annotated[str, Meta(pattern="^([1-9][0-9]{0,4}x[1-9][0-9]{0,4}|auto)$")] | None = None
+    size: Annotated[str, Meta(pattern=SIZE)] | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: OutputFormat | None = None
     output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None

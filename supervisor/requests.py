@@ -19,7 +19,8 @@ DRAWN_SEEDS = 2**32
 
 Name = Annotated[str, Meta(min_length=1, max_length=500)]
 Scale = Annotated[float, Meta(ge=-100, le=100)]
-BatchId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$")]
+# A `$` alone would let a line break follow; `\Z` is not known to other languages' patterns.
+BatchId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}$(?!\n)")]
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -90,7 +91,8 @@ def invalid(error: Exception, prefix: str = "") -> Problem:
     if isinstance(error, RecursionError):
         return Problem("invalid_request", "cannot read the body: it is nested too deeply")
     text, _, path = str(error).partition(" - at `")
-    field = (prefix + path.rstrip("`").lstrip("$").strip(".")).strip(".") or None
+    path = path.rstrip("`").lstrip("$").replace("[...]", "")  # what msgspec says of a dict's values
+    field = (prefix + path.strip(".")).strip(".") or None
     unknown = re.search(r"unknown field `([^`]{1,100})`", text)
     if unknown:
         field = f"{field}.{unknown[1]}" if field else unknown[1]

@@ -32,7 +32,6 @@ from supervisor.worker_process import COMMAND
 
 log = logging.getLogger(__name__)
 
-HEADER_SECONDS = 10
 OUTBOX_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.05
 CLOSE_SECONDS = 1.0
@@ -133,7 +132,7 @@ class Server:
 
             group.start_soon(close_late)
             application: Any = self._app  # Hypercorn's types are narrower than ASGI's
-            config = http_config(self._sockets)
+            config = http_config(self._sockets, self.settings.header_timeout_seconds)
             await hypercorn_serve(application, config, shutdown_trigger=closing.wait)
             group.cancel_scope.cancel()
 
@@ -158,11 +157,11 @@ class Server:
         scope.cancel()
 
 
-def http_config(listening: list[socket.socket]) -> Config:
+def http_config(listening: list[socket.socket], header_seconds: float) -> Config:
     config = Config()
     config.bind = [f"fd://{bound.fileno()}" for bound in listening]
     config.include_server_header = False
-    config.keep_alive_timeout = HEADER_SECONDS  # also how long a request's head may take
+    config.keep_alive_timeout = header_seconds  # also how long a request's head may take
     config.read_timeout = None  # it would end long jobs with a false disconnect
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn")

@@ -62,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     load_timeout_seconds: float = 600.0
     step_timeout_seconds: float = 60.0
     body_timeout_seconds: float = 60.0
+    header_timeout_seconds: float = 10.0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "Settings":
@@ -290,4 +291,6 @@ VARIABLES = (
              "A worker whose step or decode takes longer is replaced.", "60"),
     Variable("BODY_TIMEOUT_SECONDS", "body_timeout_seconds", _seconds, "seconds",
              "A request body that takes longer to arrive is refused.", "60"),
+    Variable("HEADER_TIMEOUT_SECONDS", "header_timeout_seconds", _seconds, "seconds",
+             "A connection without a whole request head for longer is closed.", "10"),
 )  # fmt: skip

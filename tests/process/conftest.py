@@ -18,8 +18,8 @@ def scripted_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scripted(
     scripted_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """Two scripted workers, checkpoints `sd15` and `sdxl`; tests leave it as they find it."""
+    """Two scripted workers and no hub; tests leave it as they find it."""
     data_dir = tmp_path_factory.mktemp("scripted")
-    settings = {"MODEL_DIR": str(scripted_model_dir), "DEVICES": "cpu,cpu"}
+    settings = {"MODEL_DIR": str(scripted_model_dir), "HUB_ALLOW": "nobody", "DEVICES": "cpu,cpu"}
     with running(data_dir, SCRIPTED, workers=2, **settings) as server:
         yield server

@@ -72,6 +72,17 @@ class Connection:
         self._reader.send(h11.Request(method="GET", target="/", headers=[("Host", "server")]))
         self._reader.send(h11.EndOfMessage())
 
+    def peek(self) -> bytes:
+        """What the server has said or b"" at its end; TimeoutError while it says nothing."""
+        return self.socket.recv(1, socket.MSG_PEEK)
+
+    def rest(self) -> bytes:
+        """All that the server says until it closes."""
+        received = bytearray()
+        while data := self.socket.recv(65536):
+            received += data
+        return bytes(received)
+
     @property
     def is_closed(self) -> bool:
         """Waits until the server has closed the connection; false if it says something."""
