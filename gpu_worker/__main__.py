@@ -64,9 +64,9 @@ def main() -> NoReturn:
     os.environ.update(OFFLINE)
 
     def make_runner(start: Start, send: loop.Send) -> loop.Runner:
-        from gpu_worker.runner import SequentialRunner
+        from gpu_worker.runner import BatchingRunner
 
-        return SequentialRunner(start, send)
+        return BatchingRunner(start, send)
 
     run(given, make_runner)
 

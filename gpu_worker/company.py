@@ -22,7 +22,7 @@ LEAKING = frozenset(
 
 
 @functools.cache
-def needs_to_be_alone(kind: type[Any]) -> bool:
+def needs_to_be_alone(kind: Any) -> bool:
     """Whether the call of a pipeline class reaches a method that uses a leaking name."""
     reached: set[str] = set()
     ahead = ["__call__"]

@@ -89,6 +89,10 @@ class Target:
             raise ReferenceError(f"cannot call {self.architecture}.{self.method}: it is gone")
         return module
 
+    @property
+    def is_gone(self) -> bool:
+        return self._module() is None
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The method itself, past the replacement."""
         if self._replaced is not None:

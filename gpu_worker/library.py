@@ -164,11 +164,13 @@ class Library:
             if holding.kind == "checkpoint"
         ]
 
-    def drop_idle(self) -> None:
-        """Frees all that no job uses."""
-        for holding in [held for held in self._held.values() if not held.users]:
+    def drop_idle(self) -> bool:
+        """Frees all that no job uses; whether there was any."""
+        idle = [held for held in self._held.values() if not held.users]
+        for holding in idle:
             self._drop(holding)
         self._changed()
+        return bool(idle)
 
     def _get(
         self, kind: Kind, model: Model, read: Callable[[], Holding], upcasts: bool = False

@@ -1,6 +1,6 @@
-"""Jobs one at a time: load, call the pipeline once per picture, encode beside it, answer.
+"""Jobs as tasks of the engine: a task a picture, models loaded and pictures encoded beside it.
 
-Owns the thread that touches the device. Pictures are encoded on threads of their own.
+Owns the thread that touches the device. Everything else comes to it through an inbox.
 """
 
 import os
@@ -9,156 +9,180 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from typing import assert_never
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, assert_never
 
 import torch
 
 from gpu_worker import device, failures, images, models, pipelines
+from gpu_worker.company import needs_to_be_alone
+from gpu_worker.engine import Engine, Task
 from gpu_worker.failures import JobCancelled
+from gpu_worker.forwards import Forwards
+from gpu_worker.interposer import interposable
+from gpu_worker.job import Job
 from gpu_worker.library import Library
+from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.loader import Held, Loader
 from gpu_worker.loop import EXIT_FATAL, Send, Work
 from gpu_worker.models import Models
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
-from ipc.messages import (
-    Fatal,
-    Finished,
-    Generate,
-    Load,
-    Phase,
-    Picture,
-    Progress,
-    Residency,
-    Start,
-    Unload,
-)
+from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
+CAPACITY = 8
+"""Jobs at a time; the engine runs up to engine.MAX_RUNNING pictures of them."""
+
+Made = tuple[PreparedCall, Result]
 
 
-@dataclass
-class Job:
-    """A job that was taken on, and whether it has been cancelled since."""
-
-    work: Work
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def check(self) -> None:
-        """Raises JobCancelled."""
-        if self.cancelled.is_set():
-            raise JobCancelled
-
-
-class SequentialRunner:
-    """Runs one job after the other on a thread of its own."""
+class BatchingRunner:
+    """Runs jobs together: pictures of different jobs share the denoiser's steps."""
 
     def __init__(self, start: Start, send: Send) -> None:
         self._send = send
         self._start = start
         self._jobs: dict[str, Job] = {}
-        self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, "encode")
-        self._library = Library(
-            start.device, device.dtype(start), device.budget_bytes(start), self._tell_residency
-        )
+        self._loader = Loader(self._made_library)
+        memory = None if start.device == "cpu" else CudaMemory(torch.device(start.device))
+        forwards = Forwards(Limits(memory=memory), evict=self._evict)
+        self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
         device.quiet_libraries()
-        send(device.ready(start))
-        self._tell_residency()
+        send(device.ready(start, CAPACITY))
+        self._loader.call(self._tell_residency).result()
         threading.Thread(target=self._run, name="device", daemon=True).start()
 
     def submit(self, work: Work) -> None:
-        job = Job(work)
+        job = Job(work, self._over)
         self._jobs[work.job] = job
-        self._queue.put(job)
+        self._inbox.put(partial(self._begin, job))
 
     def cancel(self, job: str) -> None:
         if (known := self._jobs.get(job)) is not None:
             known.cancelled.set()
+            self._inbox.put(partial(self._engine.cancel, job))
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
-        while True:
-            job = self._queue.get()
-            try:
-                job.check()
-                self._do(job)
-            except BaseException as error:
-                self._answer(job, error)
-            self._jobs.pop(job.work.job, None)
-
-    def _answer(self, job: Job, error: BaseException) -> None:
-        if not isinstance(error, (JobCancelled, failures.Refusal)):
+        try:
+            while True:
+                self._take(waits=not self._engine.round())
+        except BaseException as error:
+            # A defect of the worker's own: nobody would answer its jobs any more.
             traceback.print_exception(error)
-        answer = failures.outcome(job.work.job, error, given_names(job.work))
-        if failures.is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)
-            device.free(self._start)
-        self._send(answer)
-        if isinstance(answer, Fatal):
-            sys.stderr.flush()
-            os._exit(EXIT_FATAL)
+            self._end(Fatal(reason="engine", detail=f"cannot go on: {failures.speakable(error)}"))
 
-    def _do(self, job: Job) -> None:
+    def _take(self, waits: bool) -> None:
+        """Does what has come in; waits for something where there is nothing else to do."""
+        if waits:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _begin(self, job: Job) -> None:
+        try:
+            tasks = self._tasks(job)
+        except failures.Refusal as error:
+            job.opened()
+            job.closed(error)
+            return
+        for task in tasks:
+            job.opened()
+            task.failed = partial(self._failed, job)
+            task.cancelled = partial(job.closed, JobCancelled())
+            self._engine.submit(task)
+
+    def _tasks(self, job: Job) -> list[Task]:
         match job.work:
             case Generate():
-                self._generate(job, job.work)
+                indices = range(len(job.work.calls))
+                return [self._picture_task(job, job.work, index) for index in indices]
             case Load():
-                self._load(job, job.work)
+                return [self._load_task(job, job.work)]
             case Unload():
-                self._library.unload(job.work.checkpoint.path)
-                self._send(Finished(job=job.work.job))
+                path = job.work.checkpoint.path
+                body = partial(self._called, partial(self._loader.library.unload, path))
+                # It waits until no job uses the checkpoint.
+                return [Task(job.id, body, lambda _: job.closed(), claims={path: object()})]
             case _:
                 assert_never(job.work)
 
-    def _load(self, job: Job, work: Load) -> None:
-        began = time.monotonic()
-        self._phase(work.job, "loading")
-        holding = self._library.checkpoint(work.checkpoint, job.check)
-        if work.vae is not None:
-            with self._library.use(holding):
-                models.load_vae(work.vae, self._library, holding)
-        self._send(Finished(job=work.job, load_seconds=time.monotonic() - began))
+    def _called(self, function: Callable[[], Any]) -> Any:
+        return self._engine.wait_for(self._loader.call(function))
 
-    def _generate(self, job: Job, work: Generate) -> None:
-        began = time.monotonic()
-        self._phase(work.job, "loading")
-        wanted = models.load(work, self._library, job.check)
-        with self._library.use(*wanted):
-            self._library.adapt(wanted.checkpoint, wanted.loras)
-            loaded = time.monotonic()
-            progress = self._progress(job, work, wanted)
-            encodings = self._pictures(work, wanted, progress)
-        self._send(
-            Finished(
-                job=work.job,
-                load_seconds=loaded - began,
-                generation_seconds=time.monotonic() - loaded,
-                encode_seconds=sum(encoding.result() for encoding in encodings),
-                step_seconds=progress.step_seconds,
-            )
+    def _load_task(self, job: Job, work: Load) -> Task:
+        task = Task(job.id, lambda: self._load(job, work, task), lambda _: job.closed())
+        return task
+
+    def _load(self, job: Job, work: Load, task: Task) -> None:
+        held = self._hold(job, task, partial(loaded, work, self._loader.library, job.check))
+        try:
+            self._engine.wait_for(held)
+        finally:
+            self._loader.give_back(held)
+
+    def _picture_task(self, job: Job, work: Generate, index: int) -> Task:
+        kind: Any = pipelines.pipeline_class(work.pipeline)
+        task = Task(
+            job.id,
+            lambda: self._picture(job, work, index, task),
+            lambda made: self._made(job, work, task, made),
+            priority=work.priority,
+            deterministic=work.deterministic,
+            alone=work.alone or needs_to_be_alone(kind),
+            claims=claims(work),
         )
+        return task
+
+    def _picture(self, job: Job, work: Generate, index: int, task: Task) -> Made:
+        """The body of a task: from loading to pixels."""
+        alone = task.alone
+        read = partial(adapted, work, self._loader.library, job.check)
+        held = self._hold(job, task, read)
+        try:
+            wanted = self._engine.wait_for(held).models
+            task.alone = alone
+            call = job.prepared(partial(pipelines.prepare, work), wanted, index)
+            self._adopt(call, wanted)
+            job.progress = job.progress or self._progress(job, work, wanted)
+            watch = job.progress.calls[index]
+            watch.encodes()
+            return call, call.run(watch)
+        finally:
+            self._loader.give_back(held)
+
+    def _hold(self, job: Job, task: Task, read: Callable[[], Models]) -> "Future[Held]":
+        """The models that a task needs. While they wait for room, no other task begins."""
+        if not job.told:
+            job.told = True
+            self._send(Progress(job=job.id, phase="loading"))
+        return self._loader.hold(read, put_off=partial(setattr, task, "alone", True))
+
+    def _adopt(self, call: PreparedCall, wanted: Models) -> None:
+        parts = [call.base.pipeline.components]
+        if call.refiner is not None:
+            parts.append(call.refiner.pipeline.components)
+        if wanted.safety_checker is not None:
+            parts.append(wanted.safety_checker.parts)
+        for module, method in interposable(each for part in parts for each in part.values()):
+            self._engine.adopt(module, method)
 
     def _progress(self, job: Job, work: Generate, wanted: Models) -> JobProgress:
         channels = getattr(getattr(wanted.decoder, "config", None), "latent_channels", None)
         factors = images.fitting_factors(work.checkpoint.family, channels)
         return JobProgress(work, job.check, self._send, self._encoders, factors)
 
-    def _pictures(
-        self, work: Generate, wanted: Models, progress: JobProgress
-    ) -> list[Future[float]]:
-        """Makes the pictures; all are encoded and sent when this returns or raises."""
-        encodings: list[Future[float]] = []
-        try:
-            for call in pipelines.prepare(work, wanted):
-                watch = progress.calls[call.index]
-                watch.encodes()
-                result = call.run(watch)
-                encodings.append(self._encoders.submit(self._encode, work, call, result))
-        finally:
-            wait(encodings)
-        return encodings
+    def _made(self, job: Job, work: Generate, task: Task, made: Made) -> None:
+        job.memory_fallback = task.memory_fallback or job.memory_fallback
+        encoding = self._encoders.submit(self._encode, work, *made)
+        encoding.add_done_callback(
+            lambda done: self._inbox.put(partial(self._encoded, job, done)),
+        )
 
     def _encode(self, work: Generate, call: PreparedCall, result: Result) -> float:
         began = time.monotonic()
@@ -169,16 +193,74 @@ class SequentialRunner:
         self._send(Picture(job=work.job, index=call.index, data=data, nsfw=result.nsfw))
         return seconds
 
-    def _phase(self, job: str, phase: Phase) -> None:
-        self._send(Progress(job=job, phase=phase))
+    def _encoded(self, job: Job, done: "Future[float]") -> None:
+        error = done.exception()
+        if error is None:
+            job.encode_seconds += done.result()
+            job.closed()
+        else:
+            self._failed(job, error)
+
+    def _failed(self, job: Job, error: BaseException) -> None:
+        """One picture failed: the job's others are not needed any more."""
+        self._engine.cancel(job.id)
+        job.closed(error)
+
+    def _over(self, job: Job) -> None:
+        """The job's last message."""
+        error = job.error
+        if error is not None and not isinstance(error, (JobCancelled, failures.Refusal)):
+            traceback.print_exception(error)
+        answer = job.answer()
+        if error is not None and failures.is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)
+            device.free(self._start)
+        self._jobs.pop(job.id, None)
+        if isinstance(answer, Fatal):
+            self._end(answer)
+        self._send(answer)
+
+    def _end(self, last_words: Fatal) -> None:
+        self._send(last_words)
+        sys.stderr.flush()
+        os._exit(EXIT_FATAL)
+
+    def _evict(self) -> bool:
+        return self._loader.call(self._loader.library.drop_idle).result()
+
+    def _made_library(self) -> Library:
+        start = self._start
+        budget = device.budget_bytes(start)
+        return Library(start.device, device.dtype(start), budget, self._tell_residency)
 
     def _tell_residency(self) -> None:
-        models = self._library.residents()
+        models = self._loader.library.residents()
         self._send(Residency(models=models, memory=device.memory(self._start)))
 
 
-def given_names(work: Work) -> set[str]:
-    """The names of the parameters and pictures that a request gives."""
-    if not isinstance(work, Generate):
-        return set()
-    return {*work.parameters, *work.images, *work.calls[0].parameters}
+def claims(work: Generate) -> dict[Hashable, Hashable]:
+    """Checkpoints by path, and the LoRAs that have to be in them while the job runs."""
+    loras = tuple(sorted((lora.model.path, lora.scale) for lora in work.loras))
+    claimed: dict[Hashable, Hashable] = {}
+    if work.refiner is not None:
+        claimed[work.refiner.checkpoint.path] = ()
+    claimed[work.checkpoint.path] = loras
+    return claimed
+
+
+def adapted(work: Generate, library: Library, check: Callable[[], None]) -> Models:
+    """A request's models, with its LoRAs in the checkpoint."""
+    wanted = models.load(work, library, check)
+    library.adapt(wanted.checkpoint, wanted.loras)
+    return wanted
+
+
+def loaded(work: Load, library: Library, check: Callable[[], None]) -> Models:
+    checkpoint = library.checkpoint(work.checkpoint, check)
+    with library.use(checkpoint):
+        vae = None if work.vae is None else models.load_vae(work.vae, library, checkpoint)
+    return Models(checkpoint, vae)
+
+
+def _nothing() -> None:
+    """Put into the inbox so that whoever waits there looks around."""

@@ -473,10 +473,11 @@ def test_five_hundred_jobs_leave_nothing_behind(denoiser: Denoiser) -> None:
             engine.cancel("gone")
         engine.run_until_idle()
         kinds = (Body, Task, torch.Tensor, RuntimeError)
-        return sum(isinstance(each, kinds) for each in gc.get_objects())
+        return sum(issubclass(type(each), kinds) for each in gc.get_objects())
 
+    gc.collect()
     before = held(2)
-    assert held(500) == before
+    assert held(500) <= before
 
 
 def test_the_executor_is_given_the_target_of_each_forward(denoiser: Denoiser) -> None:
