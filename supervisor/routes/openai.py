@@ -36,6 +36,7 @@ MAX_FILES = 17
 MAX_FIELDS = 50
 MAX_FIELD_BYTES = 2**18
 OWNER = "image-generation-inference"
+MODELS_PATH = "/v1/models/"
 
 
 async def generations(request: Request) -> Response:
@@ -191,7 +192,7 @@ async def list_models(request: Request) -> Response:
 
 
 async def show_model(request: Request) -> Response:
-    name = request.path_params["id"]
+    name = request.scope["path"].removeprefix(MODELS_PATH)  # the route forgives a line break
     names = await to_thread.run_sync(request.app.state.models.names, "checkpoint")
     if name not in names:
         raise Problem("unknown_model", "cannot find a model of this name", field="model")
@@ -242,6 +243,6 @@ OPERATIONS = [
               streams=True, summary="Change a picture, all of it or where the mask is clear"),
     Operation(method="GET", path="/v1/models", endpoint=list_models, answer=MODELS, tag="openai",
               summary="Checkpoints, as OpenAI lists models"),
-    Operation(method="GET", path="/v1/models/{id:path}", endpoint=show_model, answer=MODEL,
+    Operation(method="GET", path=MODELS_PATH + "{id:path}", endpoint=show_model, answer=MODEL,
               tag="openai", summary="One checkpoint", errors=("unknown_model",)),
 ]  # fmt: skip
