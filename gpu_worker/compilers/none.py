@@ -1,0 +1,24 @@
+"""No compiler: every call runs as its module is written."""
+
+from typing import Any
+
+from gpu_worker.compilers import Function
+from gpu_worker.interposer import Target
+
+
+class Uncompiled:
+    """The stock modules' own numbers, bit for bit."""
+
+    buckets: tuple[int, ...] | None = None
+
+    def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
+        return target.run
+
+    def run(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return target.run(*args, **kwargs)
+
+    def give_way(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
