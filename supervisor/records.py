@@ -66,8 +66,8 @@ class Records:
         self._forgotten: dict[str, float] = {}
 
     def add(self, record: Record) -> None:
-        self.forget()
         self._records[record.job.id] = record
+        self.forget()
 
     def find(self, id: str) -> Record:
         """Raises Problem for an id that is unknown or forgotten."""
