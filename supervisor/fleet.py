@@ -205,10 +205,10 @@ class Fleet:
             worker.post(messages.Shutdown())
 
     def _ended(self, worker: Worker, cause: Cause) -> None:
-        started, jobs = worker.state is not WorkerState.STARTING, worker.gone()
+        jobs = worker.gone()
         self._happened(worker, WorkerEvent.EXITED)
         if cause.kind is not CauseKind.PLANNED:
-            worker.died(cause.words, started)
+            worker.died(cause.words)
             log.warning("worker exited", extra={"worker": worker.id, "reason": cause.words})
         delay_seconds = placement.restart_delay_seconds(worker.failures, self._draw())
         worker.restart_at = self._now() + delay_seconds

@@ -80,15 +80,20 @@ class Worker:
     restart_at: float = 0.0
     last_exit: str | None = None
     cause: Cause | None = None
+    was_ready: bool = False
+    """At any time in the life of this process."""
     step_seconds: float | None = None
 
     def happened(self, event: WorkerEvent, now: float) -> None:
         before, self.state = self.state, next_worker_state(self.state, event)
         if self.state is not before:
             self.state_since = now
+        if self.state is WorkerState.READY:
+            self.was_ready = True
 
     def began(self, process: Process, post: Callable[[Any], None], now: float) -> None:
         self.process, self.post, self.state_since, self.moved_at = process, post, now, now
+        self.was_ready = False
 
     def gone(self) -> list[Job]:
         """Forgets the process; returns the jobs that were on it."""
@@ -97,11 +102,11 @@ class Worker:
         self.models, self.running = [], {}
         return jobs
 
-    def died(self, last_exit: str, started: bool) -> None:
-        """Counts an end that was not planned; `started` is true after it was ready once."""
+    def died(self, last_exit: str) -> None:
+        """Counts an end that was not planned."""
         self.last_exit = last_exit
         self.failures += 1
-        self.failed_starts = 0 if started else self.failed_starts + 1
+        self.failed_starts = 0 if self.was_ready else self.failed_starts + 1
 
     def holds(self, path: str) -> bool:
         return any(model.path == path for model in self.models)
