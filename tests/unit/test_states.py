@@ -1,8 +1,10 @@
 """The life cycles of workers and jobs: every event in every state."""
 
+import runpy
 from collections.abc import Mapping
 from enum import StrEnum
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,3 +112,9 @@ def test_every_live_worker_can_exit_and_be_stopped() -> None:
 
 def test_a_job_that_has_ended_never_ends_again() -> None:
     assert all(not JOB_TABLE[state] for state in ENDED_JOB_STATES)
+
+
+def test_the_drawn_diagrams_are_those_of_the_tables() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "make_states_docs"
+    namespace = runpy.run_path(str(script))
+    assert namespace["PAGE"].read_text() == namespace["page"]()
