@@ -7,7 +7,7 @@ import contextlib
 import functools
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor
 
-from gpu_worker import folders
+from gpu_worker import folders, single_files
 from gpu_worker.adapters import AdapterState, Wanted
 from gpu_worker.failures import (
     JobCancelled,
@@ -87,7 +87,7 @@ class Library:
         self.budget_bytes = budget_bytes
         self._changed = changed
         self._loras = LoraFiles()
-        self._held: dict[tuple[Kind, str, bool], Holding] = {}
+        self._held: dict[Hashable, Holding] = {}
 
     @contextlib.contextmanager
     def use(self, *holdings: Holding) -> Iterator[None]:
@@ -141,12 +141,13 @@ class Library:
 
     def unload(self, path: str) -> bool:
         """Drops a checkpoint that nobody uses; whether there was one."""
-        holding = self._held.get(("checkpoint", path, False))
-        if holding is None or holding.users:
-            return False
-        self._drop(holding)
-        self._changed()
-        return True
+        held = [h for h in self._held.values() if (h.kind, h.model.path) == ("checkpoint", path)]
+        idle = [holding for holding in held if not holding.users]
+        for holding in idle:
+            self._drop(holding)
+        if idle:
+            self._changed()
+        return bool(idle)
 
     def residents(self) -> list[Resident]:
         return [
@@ -175,7 +176,8 @@ class Library:
     def _get(
         self, kind: Kind, model: Model, read: Callable[[], Holding], upcasts: bool = False
     ) -> Holding:
-        key = (kind, model.path, upcasts)
+        # The same file is another model under another configuration.
+        key = (kind, model.path, model.config, model.prediction_type, upcasts)
         if key not in self._held:
             with _said_of(kind, model):
                 holding = read()
@@ -185,33 +187,49 @@ class Library:
         return self._held[key]
 
     def _read_checkpoint(self, model: Model, step: Nothing) -> Holding:
-        root = _existing_folder(model)
+        file = single_files.SingleFile(model) if model.single_file else None
+        root = _existing_folder(model) if file is None else file.config
         index = folders.read_json(root / folders.PIPELINE_INDEX)
         listed = folders.parts(index)
-        wanted = {name: part for name, part in listed.items() if part}
-        for name in folders.LOADED_ON_REQUEST:
-            wanted.pop(name, None)
+        left = folders.LOADED_ON_REQUEST if file is None else single_files.NOT_HELD
+        wanted = {name: part for name, part in listed.items() if part and name not in left}
         kinds = {name: folders.part_class(*part) for name, part in wanted.items()}
-        size = self._make_room([root / name for name in wanted], model)
+        parts = [root / name for name in wanted]
+        size = self._folder_bytes(*parts) if file is None else file.bytes(self.dtype)
+        self._make_room(size, model)
         held: dict[str, Any] = dict.fromkeys(listed) | folders.scalars(index)
         pipeline = str(index.get("_class_name"))
         for name, kind in kinds.items():
             step()
-            held[name] = self._placed(folders.load_part(root / name, kind, self.dtype))
+            if file is None:
+                held[name] = self._placed(folders.load_part(root / name, kind, self.dtype))
+            else:
+                held[name] = file.load_part(name, kind, self.dtype, self.device)
+        if "scheduler" in kinds:
+            told = model.prediction_type
+            held["scheduler"] = single_files.with_prediction_type(held["scheduler"], told)
         if "vae" in kinds and pipeline_upcasts(pipeline):
             held["vae"] = settled(held["vae"])
         return Holding(model, "checkpoint", held, size, pipeline)
 
     def _read_module(self, model: Model, kind: Kind, upcasts: bool = False) -> Holding:
-        root = _existing_folder(model)
-        size = self._make_room([root], model)
-        module = self._placed(folders.load_module(root, self.dtype))
+        if model.single_file:
+            plan = single_files.module_plan(model, kind)
+            size = single_files.tensor_bytes(plan.weights, self.dtype)
+            self._make_room(size, model)
+            module = single_files.built(plan, self.dtype, self.device)
+        else:
+            root = _existing_folder(model)
+            size = self._folder_bytes(root)
+            self._make_room(size, model)
+            module = self._placed(folders.load_module(root, self.dtype))
         parts = {"module": settled(module) if upcasts else module}
         return Holding(model, kind, parts, size)
 
     def _read_safety_checker(self, model: Model) -> Holding:
         root = _existing_folder(model)
-        size = self._make_room([root], model)
+        size = self._folder_bytes(root)
+        self._make_room(size, model)
         checker = folders.load_part(root, StableDiffusionSafetyChecker, self.dtype)
         # Within a checkpoint its pictures are prepared as the folder beside it says.
         beside = root.parent / "feature_extractor"
@@ -229,11 +247,14 @@ class Library:
     def _placed(self, part: Any) -> Any:
         return part.to(self.device) if isinstance(part, torch.nn.Module) else part
 
-    def _make_room(self, parts: list[Path], model: Model) -> int:
-        """Bytes that the parts will take, with as much dropped as they need."""
+    def _folder_bytes(self, *parts: Path) -> int:
+        """What some parts will take, once it is known that they are safetensors."""
         for part in parts:
             folders.refuse_other_weights(part)
-        size = sum(folders.weights_bytes(part, self.dtype) for part in parts)
+        return sum(folders.weights_bytes(part, self.dtype) for part in parts)
+
+    def _make_room(self, size: int, model: Model) -> None:
+        """Drops as much as so many bytes need. Raises MemoryShort."""
         while self._total_bytes() + size > self.budget_bytes:
             idle = [holding for holding in self._held.values() if not holding.users]
             if not idle:
@@ -243,7 +264,6 @@ class Library:
                 )
             self._drop(min(idle, key=lambda holding: holding.last_used))
             self._changed()
-        return size
 
     def _total_bytes(self) -> int:
         return sum(holding.bytes for holding in self._held.values())
@@ -284,6 +304,6 @@ def _existing_folder(model: Model) -> Path:
     root = Path(model.path)
     root.stat()
     if not root.is_dir():
-        detail = f"cannot load {model.name!r}: it is a single file, not a Diffusers folder"
-        raise Refusal("not_supported", detail)
+        detail = f"cannot load {model.name!r}: it is a file, not a Diffusers folder"
+        raise Refusal("invalid_model", detail)
     return root
