@@ -27,14 +27,15 @@ class Operation:
     endpoint: Endpoint
     summary: str
     body: type[msgspec.Struct] | None = None
-    body_name: str | None = None
-    """A named schema of the document, in place of `body`'s own."""
     files: dict[str, dict[str, Any]] | None = None
     """JSON Schemas of files; then the body is a multipart form with these beside the fields."""
     streams: bool = False
     """May answer with events."""
+    may_wait: bool = False
+    """May answer 202 and go on."""
     status: int = 200
-    answer: dict[str, Any] | None = None
+    answer: type[msgspec.Struct] | dict[str, Any] | None = None
+    """One of answers.ALL, or a JSON Schema."""
     media_type: str = "application/json"
     query: dict[str, dict[str, Any]] | None = None
     headers: dict[str, dict[str, Any]] | None = None

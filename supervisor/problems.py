@@ -6,6 +6,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from supervisor.errors import Problem
@@ -84,4 +85,12 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     detail = f"cannot {request.method} {request.url.path[:200]}: {error.detail.lower()}"
     response = problem_response(Problem(code, detail), request.scope)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["Allow"] = ", ".join(_methods(request))
     return response
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the address takes: Starlette tells those of its first route alone."""
+    routes = [one for one in request.app.routes if one.matches(request.scope)[0] != Match.NONE]
+    return sorted({method for route in routes for method in route.methods})

@@ -8,6 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from supervisor import answers
 from supervisor.errors import Problem
 from supervisor.jobs import Change, Loading, Preview, Progress, Queued
 from supervisor.operations import (
@@ -164,10 +165,10 @@ OPERATIONS = [
     Operation(method="POST", path="/generate", endpoint=generate, body=GenerateBody,
               summary="Generate pictures; the pipeline follows from the checkpoint and the "
                       "inputs, unless it is named",
-              answer={"$ref": "#/components/schemas/Generated"}, headers=HEADERS,
-              errors=ERRORS, tag="generation"),
+              answer=answers.Generated, headers=HEADERS,
+              errors=ERRORS, tag="generation", streams=True, may_wait=True),
     Operation(method="POST", path="/generate/{pipeline}", endpoint=generate,
               body=GenerateBody, summary="Generate pictures with a pipeline class",
-              answer={"$ref": "#/components/schemas/Generated"}, headers=HEADERS,
-              errors=ERRORS, tag="generation"),
+              answer=answers.Generated, headers=HEADERS,
+              errors=ERRORS, tag="generation", streams=True, may_wait=True),
 ]  # fmt: skip

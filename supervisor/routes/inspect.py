@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ipc.messages import Resident
-from supervisor import VERSION, monitoring
+from supervisor import VERSION, answers, monitoring
 from supervisor.errors import Problem
 from supervisor.operations import Operation, json_response, service_of
 from supervisor.worker import Worker
@@ -34,9 +34,7 @@ async def ready(request: Request) -> Response:
 async def placement(request: Request) -> Response:
     fleet = service_of(request).fleet
     planned = list(fleet.planned().values())
-    workers = [
-        described(worker, planned.count(worker.id)) for worker in fleet.workers.values()
-    ]
+    workers = [described(worker, planned.count(worker.id)) for worker in fleet.workers.values()]
     return json_response({"workers": workers})
 
 
@@ -76,19 +74,19 @@ async def restart(request: Request) -> Response:
     return json_response({"status": "restarting", "workers": len(fleet.workers)}, 202)
 
 
-OBJECT = {"type": "object"}
 OPERATIONS = [
-    Operation(method="GET", path="/hc", endpoint=health, answer=OBJECT,
+    Operation(method="GET", path="/hc", endpoint=health, answer=answers.Health,
               summary="Says that the supervisor lives"),
-    Operation(method="GET", path="/health", endpoint=health, answer=OBJECT,
+    Operation(method="GET", path="/health", endpoint=health, answer=answers.Health,
               summary="Says that the supervisor lives"),
-    Operation(method="GET", path="/ready", endpoint=ready, answer=OBJECT,
+    Operation(method="GET", path="/ready", endpoint=ready, answer=answers.Readiness,
               summary="Says whether new work is taken", errors=("unavailable", "draining")),
-    Operation(method="GET", path="/placement", endpoint=placement, answer=OBJECT,
+    Operation(method="GET", path="/placement", endpoint=placement, answer=answers.Placement,
               summary="The workers, what they do and which models they hold"),
-    Operation(method="GET", path="/stats", endpoint=stats, answer=OBJECT,
+    Operation(method="GET", path="/stats", endpoint=stats, answer=answers.SystemStats,
               summary="Processor, memory, storage, GPUs and packages of this host"),
-    Operation(method="POST", path="/restart", endpoint=restart, status=202, answer=OBJECT,
+    Operation(method="POST", path="/restart", endpoint=restart, status=202,
+              answer=answers.Restarting,
               summary="Replace the workers one after the other, losing no job",
               errors=("draining",)),
 ]  # fmt: skip

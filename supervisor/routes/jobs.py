@@ -6,6 +6,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from supervisor import answers
 from supervisor.errors import Problem
 from supervisor.operations import Operation, json_response, request_id_of, service_of
 from supervisor.problems import problem_body
@@ -59,11 +60,10 @@ async def delete(request: Request) -> Response:
 FOUND = ("not_found", "forgotten")
 OPERATIONS = [
     Operation(method="GET", path="/jobs/{id}", endpoint=show, errors=FOUND, tag="jobs",
-              summary="How a job stands", answer={"$ref": "#/components/schemas/Job"}),
+              summary="How a job stands", answer=answers.Job),
     Operation(method="GET", path="/jobs/{id}/events", endpoint=events, errors=FOUND, tag="jobs",
-              summary="A job's events from where it is", media_type="text/event-stream",
-              answer={"type": "string"}),
+              summary="A job's events from where it is", media_type="text/event-stream"),
     Operation(method="DELETE", path="/jobs/{id}", endpoint=delete, status=202, tag="jobs",
               summary="Cancel a job", errors=(*FOUND, "job_ended"),
-              answer={"type": "object"}),
+              answer=answers.Cancelling),
 ]  # fmt: skip

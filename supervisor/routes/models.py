@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ipc import messages
-from supervisor import schedulers
+from supervisor import answers, schedulers
 from supervisor.errors import Problem
 from supervisor.operations import (
     Endpoint,
@@ -149,5 +149,5 @@ OPERATIONS = [
               tag="models", errors=MODEL_ERRORS),
     Operation(method="GET", path="/schedulers", endpoint=list_schedulers, tag="models",
               summary="Schedulers by class and by A1111 name",
-              answer={"type": "array", "items": {"type": "object"}}),
+              answer=answers.Schedulers),
 ]  # fmt: skip

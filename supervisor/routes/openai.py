@@ -14,7 +14,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from supervisor import openai_images, openai_pictures
+from supervisor import answers, openai_images, openai_pictures
 from supervisor.errors import Problem
 from supervisor.jobs import Preview
 from supervisor.openai_images import EditsBody, EventKind, GenerationsBody, ImagesBody
@@ -203,46 +203,21 @@ def _model(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": 0, "owned_by": OWNER}
 
 
-IMAGES: dict[str, Any] = {
-    "type": "object",
-    "required": ["created", "data"],
-    "properties": {
-        "created": {"type": "integer"},
-        "data": {"type": "array", "items": {"type": "object", "properties": {
-            "b64_json": {"type": "string"}, "url": {"type": "string"}}}},
-        "output_format": {"enum": ["png", "jpeg", "webp"]},
-        "background": {"const": "opaque"},
-        "size": {"type": "string"},
-    },
-}  # fmt: skip
-MODEL: dict[str, Any] = {
-    "type": "object",
-    "required": ["id", "object", "created", "owned_by"],
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"const": "model"},
-        "created": {"type": "integer"},
-        "owned_by": {"type": "string"},
-    },
-}
-MODELS: dict[str, Any] = {
-    "type": "object",
-    "required": ["object", "data"],
-    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}},
-}
 FILE = {"type": "string", "contentMediaType": "image/png"}
 FILES: dict[str, Any] = {"image": FILE, "image[]": {"type": "array", "items": FILE}, "mask": FILE}
 KEY_HEADER = {"Idempotency-Key": HEADERS["Idempotency-Key"]}
 
 OPERATIONS = [
     Operation(method="POST", path="/v1/images/generations", endpoint=generations,
-              body=GenerationsBody, answer=IMAGES, headers=KEY_HEADER, errors=ERRORS, tag="openai",
-              streams=True, summary="Generate pictures, as OpenAI's API does"),
+              body=GenerationsBody, answer=answers.OpenaiImages, headers=KEY_HEADER,
+              errors=ERRORS, tag="openai", streams=True,
+              summary="Generate pictures, as OpenAI's API does"),
     Operation(method="POST", path="/v1/images/edits", endpoint=edits, body=EditsBody,
-              files=FILES, answer=IMAGES, headers=KEY_HEADER, errors=ERRORS, tag="openai",
-              streams=True, summary="Change a picture, all of it or where the mask is clear"),
-    Operation(method="GET", path="/v1/models", endpoint=list_models, answer=MODELS, tag="openai",
-              summary="Checkpoints, as OpenAI lists models"),
-    Operation(method="GET", path=MODELS_PATH + "{id:path}", endpoint=show_model, answer=MODEL,
-              tag="openai", summary="One checkpoint", errors=("unknown_model",)),
+              files=FILES, answer=answers.OpenaiImages, headers=KEY_HEADER,
+              errors=ERRORS, tag="openai", streams=True,
+              summary="Change a picture, all of it or where the mask is clear"),
+    Operation(method="GET", path="/v1/models", endpoint=list_models, tag="openai",
+              answer=answers.OpenaiModels, summary="Checkpoints, as OpenAI lists models"),
+    Operation(method="GET", path=MODELS_PATH + "{id:path}", endpoint=show_model, tag="openai",
+              answer=answers.OpenaiModel, summary="One checkpoint", errors=("unknown_model",)),
 ]  # fmt: skip
