@@ -13,9 +13,13 @@ from ipc import messages
 from supervisor import catalogue, infotext, pictures, schedulers
 from supervisor.errors import Problem
 from supervisor.models import Models, ResolvedModel
+from supervisor.parameter_checks import PROMPTS
 from supervisor.requests import GenerateBody, expand, invalid
 from supervisor.settings import Settings
 
+REFINER_PIPELINE = "StableDiffusionXLImg2ImgPipeline"
+NOT_REFINED = ("strength", "denoising_start", "denoising_end")
+"""Parameters that a refiner does not take over from its base."""
 _random = random.SystemRandom()
 
 
@@ -40,6 +44,7 @@ class Preparation:
         given = self._parameters(body, pipeline, checkpoint)
         images = self._images(pipeline, given)
         others = self._others(body, checkpoint)
+        refiner = self._refiner(body, checkpoint, given)
         call_names = catalogue.pipeline(pipeline).call_names
         calls = expand(given, _random.randrange)
         message = messages.Generate(
@@ -49,6 +54,7 @@ class Preparation:
             calls=calls,
             parameters={call_names.get(name, name): value for name, value in given.items()},
             images=images,
+            refiner=refiner,
             scheduler=self._scheduler(body, checkpoint),
             safety_checker=self._safety_checker(body, checkpoint),
             output_format=body.output_format,
@@ -150,7 +156,6 @@ class Preparation:
                 messages.Lora(model=lora.model, scale=choice.scale)
                 for lora, choice in zip(loras, body.loras, strict=True)
             ],
-            "refiner": self._refiner(body, checkpoint),
         }
 
     def _launch_vae(self, body: GenerateBody) -> str | None:
@@ -158,7 +163,10 @@ class Preparation:
         launched = self._settings.launch_checkpoint
         return self._settings.launch_vae if body.checkpoint in (None, launched) else None
 
-    def _refiner(self, body: GenerateBody, checkpoint: ResolvedModel) -> messages.Refiner | None:
+    def _refiner(
+        self, body: GenerateBody, checkpoint: ResolvedModel, given: dict[str, Any]
+    ) -> messages.Refiner | None:
+        """`given` are the base's parameters without its pictures."""
         if body.refiner_model is None:
             if body.refiner_parameters:
                 raise Problem("invalid_request", "cannot use refiner_parameters without a "
@@ -170,7 +178,8 @@ class Preparation:
                       f"{refiner.model.name} ({refiner.model.family}): an sdxl checkpoint takes "
                       "an sdxl_refiner")  # fmt: skip
             raise Problem("incompatible_model", detail, field="refiner_model")
-        return messages.Refiner(checkpoint=refiner.model, parameters=_refiner_parameters(body))
+        parameters = _refiner_parameters(body, given)
+        return messages.Refiner(checkpoint=refiner.model, parameters=parameters)
 
     def _scheduler(
         self, body: GenerateBody, checkpoint: ResolvedModel
@@ -196,21 +205,30 @@ class Preparation:
         return self._models.safety_checker(checkpoint)
 
 
-def _refiner_parameters(body: GenerateBody) -> dict[str, Any]:
-    """Pictures and seeds are the base's own."""
+def _refiner_parameters(body: GenerateBody, base: dict[str, Any]) -> dict[str, Any]:
+    """What is said for the refiner, checked together with what it takes over from the base."""
+    own = body.refiner_parameters
+    for name in ("image", "seed", "num_images_per_prompt"):
+        if name in own:
+            raise _not_refined(name, "it is the base's own")
+    for name in PROMPTS:
+        if isinstance(own.get(name), list):
+            raise _not_refined(name, "it is one text, for all pictures")
+    taken = {name: v for name, v in base.items() if name not in NOT_REFINED}
+    taken["denoising_start"] = base.get("denoising_end")
     try:
-        given = catalogue.read("StableDiffusionXLImg2ImgPipeline", {
-            "image": "-", **body.refiner_parameters})  # fmt: skip
+        given = catalogue.read(REFINER_PIPELINE, {"image": "-", **own}, defaults=taken)
     except (msgspec.ValidationError, RecursionError) as error:
         problem = invalid(error)
+        detail = problem.detail.replace("parameters", "refiner_parameters", 1)
         field = (problem.field or "").replace("parameters", "refiner_parameters", 1)
-        raise Problem(problem.code, problem.detail, field=field or None) from None
-    for name in ("image", "seed", "num_images_per_prompt"):
-        if name in body.refiner_parameters:
-            field = f"refiner_parameters.{name}"
-            detail = f"cannot accept {field}: it is the base's own"
-            raise Problem("invalid_request", detail, field=field)
+        raise Problem(problem.code, detail, field=field or None) from None
     return {name: v for name, v in given.items() if v is not None and name != "image"}
+
+
+def _not_refined(name: str, reason: str) -> Problem:
+    field = f"refiner_parameters.{name}"
+    return Problem("invalid_request", f"cannot accept {field}: {reason}", field=field)
 
 
 def _quality(body: GenerateBody) -> int | None:
