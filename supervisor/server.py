@@ -26,6 +26,7 @@ from supervisor.preparation import Preparation, model_paths
 from supervisor.quota import Quota
 from supervisor.service import Service
 from supervisor.settings import Settings, SettingsError
+from supervisor.start_checks import check_compilation, is_open_to_all
 from supervisor.storage import Storage
 from supervisor.worker import Worker
 from supervisor.worker_process import COMMAND
@@ -61,6 +62,7 @@ class Server:
         self.settings = settings
         self._sockets = listening
         devices = devices_of(settings)
+        check_compilation(settings, devices, monitoring.packages()["stable_fast"])
         half = settings.dtype == "float16" or (settings.dtype == "auto" and devices != ["cpu"])
         models = Models(settings, Hub(settings, half=half))
         preparation = Preparation(settings, models)
@@ -109,6 +111,8 @@ class Server:
             closing, workers_gone = anyio.Event(), anyio.Event()
             group.start_soon(self._keep_workers, workers_gone)
             group.start_soon(self._serve_http, closing)
+            if is_open_to_all(self.settings):
+                log.warning("anyone who reaches this port may use it: set API_KEY or HOST")
             log.info("serving", extra={"addresses": sockets.addresses(self._sockets)})
             with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 await anext(signals)
@@ -166,5 +170,3 @@ def http_config(listening: list[socket.socket], header_seconds: float) -> Config
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn")
     return config
-
-
