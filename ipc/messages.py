@@ -41,6 +41,8 @@ class Model(Struct, frozen=True, kw_only=True):
 
 
 class Lora(Struct, frozen=True, kw_only=True):
+    """A LoRA's file and how strongly it counts."""
+
     model: Model
     scale: float = 1.0
 
@@ -63,6 +65,8 @@ class Call(Struct, frozen=True, kw_only=True):
 
 
 class Refiner(Struct, frozen=True, kw_only=True):
+    """What goes on with the base's latents or pictures."""
+
     checkpoint: Model
     parameters: dict[str, Any] = {}
 
@@ -148,6 +152,8 @@ class Unload(Message, frozen=True, kw_only=True):
 
 
 class Cancel(Message, frozen=True, kw_only=True):
+    """End this job within a step; its answer may still be another one."""
+
     job: str
 
 
@@ -226,6 +232,8 @@ class Failed(Message, frozen=True, kw_only=True):
 
 
 class Cancelled(Message, frozen=True, kw_only=True):
+    """The job was ended as it was asked to be."""
+
     job: str
 
 
