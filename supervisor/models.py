@@ -48,6 +48,7 @@ class Models:
 
     def __init__(self, settings: Settings, hub: Hub | None = None) -> None:
         self.model_dir = settings.model_dir
+        self._config_dir = settings.config_dir
         self.hub = hub
         self._remembered: dict[object, tuple[object, ResolvedModel]] = {}
 
@@ -169,6 +170,8 @@ class Models:
             return resolved.told(found, config=checkpoint.model.config or checkpoint.model.path)
         family = found.model.family
         places = [(self.model_dir / "configs" / family, self.model_dir)]
+        if self._config_dir is not None:
+            places.append((self._config_dir / family, self._config_dir))
         try:
             configuration = configs.find(family, found.kind, places)
         except InvalidModel as missing:

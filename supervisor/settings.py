@@ -26,6 +26,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: Path = Path("/data")
     model_dir: Path = Path("/data/models")
     image_dir: Path = Path("/data/images")
+    config_dir: Path | None = None
     cuda_graph: bool = False
     load_safety_checker: bool = False
     host: str = "*"
@@ -216,6 +217,8 @@ VARIABLES = (
              "${DATA_DIR}/models"),
     Variable("IMAGE_DIR", "image_dir", _path, "a folder that can be written",
              "Where pictures are stored by the disk strategy.", "${DATA_DIR}/images"),
+    Variable("CONFIG_DIR", "config_dir", _path, "a folder",
+             "Configurations of families, for single files that MODEL_DIR/configs has none for."),
     Variable("CUDA_GRAPH", "cuda_graph", _boolean, _boolean_words,
              "Capture CUDA graphs of the denoisers.", "false"),
     Variable("LOAD_SAFETY_CHECKER", "load_safety_checker", _boolean, _boolean_words,
