@@ -19,6 +19,7 @@ from gpu_worker.failures import Refusal, RequestRefused
 from gpu_worker.library import Holding
 from gpu_worker.models import Models
 from gpu_worker.steps import Bar, Watch
+from gpu_worker.transfer import OnDevice, stay_on_device
 from ipc.messages import Call, Generate, Model, Scheduler
 
 REFINER_PIPELINE = "StableDiffusionXLImg2ImgPipeline"
@@ -30,7 +31,7 @@ COMPLAINTS = (TypeError, ValueError, ArithmeticError, AssertionError, NotImpleme
 
 @dataclass(frozen=True)
 class Result:
-    picture: Image.Image
+    picture: Image.Image | OnDevice
     nsfw: bool | None
 
 
@@ -70,6 +71,9 @@ class PreparedCall:
 
     def run(self, watch: Watch) -> Result:
         """Raises what Part.run raises, and whatever else the pipeline raises."""
+        last = self.base if self.refiner is None else self.refiner
+        if self.safety_checker is None and not last.arguments.get("padding_mask_crop"):
+            stay_on_device(last.pipeline)
         output = self.base.run(watch)
         if self.refiner is not None:
             output = self.refiner.run(watch, image=output.images)

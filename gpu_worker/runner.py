@@ -30,6 +30,7 @@ from gpu_worker.loop import EXIT_FATAL, Send, Work
 from gpu_worker.models import Models
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
+from gpu_worker.transfer import OnDevice
 from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
@@ -186,9 +187,10 @@ class BatchingRunner:
 
     def _encode(self, work: Generate, call: PreparedCall, result: Result) -> float:
         began = time.monotonic()
-        data = images.encoded(
-            result.picture, work.output_format, call.call.metadata, work.output_quality
-        )
+        picture = result.picture
+        if isinstance(picture, OnDevice):
+            picture = picture.picture()
+        data = images.encoded(picture, work.output_format, call.call.metadata, work.output_quality)
         seconds = time.monotonic() - began
         self._send(Picture(job=work.job, index=call.index, data=data, nsfw=result.nsfw))
         return seconds

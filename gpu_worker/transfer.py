@@ -1,0 +1,52 @@
+"""Finished pictures on their way from the device: copied and turned into Pillow pictures
+by the thread that encodes them, while the engine's thread goes on with other steps."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+
+
+class OnDevice:
+    """What a VAE gave for one picture. `postprocess` is the pipeline's own last step."""
+
+    def __init__(self, pixels: torch.Tensor, postprocess: Any) -> None:
+        self._pixels = pixels
+        self._postprocess = postprocess
+        self._made: Any = torch.cuda.Event() if pixels.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._made is not None:
+            self._made.record()
+
+    def picture(self) -> Image.Image:
+        """Called once, on any thread."""
+        made: Image.Image = self._postprocess(self._on_host())[0]
+        return made
+
+    def _on_host(self) -> torch.Tensor:
+        if self._made is None:
+            return self._pixels
+        # On a stream of its own: the usual one has other jobs' steps waiting by now.
+        stream: Any = torch.cuda.Stream(self._pixels.device)  # type: ignore[no-untyped-call]
+        stream.wait_event(self._made)
+        with torch.cuda.stream(stream):
+            return self._pixels.cpu()
+
+
+def stay_on_device(pipeline: Any) -> None:
+    """Makes a job's own pipeline give OnDevice for its pictures, where it can be.
+
+    A pipeline that looks at its pictures itself, to check them, has to have them.
+    """
+    processor: Any = getattr(pipeline, "image_processor", None)
+    if type(processor) is not VaeImageProcessor or getattr(pipeline, "safety_checker", None):
+        return
+    own = processor.postprocess
+
+    def postprocess(image: Any, output_type: str = "pil", **settings: Any) -> Any:
+        if output_type != "pil" or not isinstance(image, torch.Tensor) or len(image) != 1:
+            return own(image, output_type=output_type, **settings)
+        return [OnDevice(image, partial(own, output_type="pil", **settings))]
+
+    processor.postprocess = postprocess
