@@ -183,7 +183,7 @@ class Engine:
         body = getcurrent()
         if not isinstance(body, Body):
             return target.run(*args, **kwargs)
-        body.call = Call.of(target, args, kwargs)
+        body.call = Call.of(target, args, kwargs, plain=body.task.deterministic)
         body.order, body.passed_over = next(self._orders), 0
         return body.park()
 

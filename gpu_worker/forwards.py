@@ -25,7 +25,8 @@ def run_eagerly(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 class Call:
     """What a parked body wants: a target's method with these arguments.
 
-    `arguments` is None for a call that runs as it is, never merged.
+    `arguments` is None for a call that runs as it is, never merged. A `plain` one runs
+    uncompiled and unpadded: what it gives depends on nothing but itself.
     """
 
     target: Target
@@ -35,17 +36,20 @@ class Call:
     rows: int
     key: Hashable
     shape: Hashable
+    plain: bool = False
 
     @classmethod
-    def of(cls, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+    def of(
+        cls, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any], plain: bool = False
+    ) -> "Call":
         kind = (target.architecture, target.method)
         description = described(target, args, kwargs)
         if description is None or target.layout is None:
-            return cls(target, args, kwargs, None, 1, object(), kind)
+            return cls(target, args, kwargs, None, 1, object(), kind, plain)
         arguments, rows, key = description
         tensor = arguments[target.layout.rows]
         shape = (kind, tensor.shape[1:], tensor.dtype)
-        return cls(target, args, kwargs, arguments, rows, key, shape)
+        return cls(target, args, kwargs, arguments, rows, key, shape, plain)
 
     def halves(self) -> "list[Call]":
         """This call as two with half of its rows each; empty where it cannot be cut."""
@@ -53,7 +57,7 @@ class Call:
             return []
         parts = batching.halves(self.arguments, self.target.layout, self.rows)
         return [
-            Call(self.target, (), arguments, arguments, rows, self.key, self.shape)
+            Call(self.target, (), arguments, arguments, rows, self.key, self.shape, self.plain)
             for arguments, rows in parts
         ]
 
@@ -106,6 +110,8 @@ class Forwards:
         layout = first.target.layout
         if first.arguments is None or layout is None:
             return [self._executed(first, first.args, first.kwargs, 1)]
+        if first.plain:
+            return [self._executed(first, first.args, first.kwargs, first.rows)]
         size = batching.padded_size(sum(rows), self.limits.buckets)
         if len(calls) == 1 and self.limits.buckets is None:
             # Alone and as it came: bit for bit what the pipeline alone computes.
@@ -120,7 +126,8 @@ class Forwards:
         self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int
     ) -> Any:
         with self.limits.measured(call.shape, rows):
-            return self.execute(call.target, args, kwargs)
+            execute = run_eagerly if call.plain else self.execute
+            return execute(call.target, args, kwargs)
 
     def _untouched(self, call: Call) -> Outcome:
         try:

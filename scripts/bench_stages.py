@@ -1,0 +1,404 @@
+"""The stages of scripts/bench: each measures, prints as it goes and adds rows to the results.
+
+python -m scripts.bench_stages STAGE DEVICE WORK_FOLDER RESULTS_FILE
+"""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from gpu_worker.compilers import Compiler
+from gpu_worker.compilers.cuda_graph import CudaGraphs
+from gpu_worker.compilers.inductor import Inductor
+from gpu_worker.compilers.none import Uncompiled
+from gpu_worker.device import quiet_libraries
+from gpu_worker.engine import Engine, Task
+from gpu_worker.forwards import Forwards
+from gpu_worker.interposer import LAYOUTS, Target, interposable, restore
+from gpu_worker.limits import CudaMemory, Limits
+from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
+
+STARTED = time.monotonic()
+SIZES = {"sd15": 512, "sdxl": 1024, "tiny_sd15": 64, "tiny_sdxl": 64}
+CALLERS = {"sd15": 8, "sdxl": 4, "tiny_sd15": 8, "tiny_sdxl": 4}
+TARGETS = {
+    "sd15 one": "≥ 5.5 x, ≥ 152 it/s on an H200",
+    "sd15 many": "≥ 8 x, ≥ 227 it/s on an H200",
+    "sdxl one": "≥ 1.9 x, ≥ 29.4 it/s on an H200",
+    "sdxl many": "30.9 it/s on an H200",
+}
+LONG, SHORT = 50, 20
+"""Steps of a lone caller's job, and of those that share."""
+
+
+class Results:
+    """Rows of the table, printed as they come and kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(
+        self, what: str, value: str, ratio: float | None = None, target: str = "", note: str = ""
+    ) -> None:
+        row = {"what": what, "value": value, "ratio": ratio, "target": target, "note": note}
+        with open(self._path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = f"{ratio:.2f} x" if ratio else ""
+        seconds = time.monotonic() - STARTED
+        print(f"[{seconds:5.0f} s] {what:44} {value:16} {shown:9} {note}", flush=True)
+
+
+class Server:
+    """The engine over one checkpoint's modules with a compiler, as the worker has them."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, compiler: Compiler, parts: Sequence[Any] = ()
+    ) -> None:
+        self.compiler = compiler
+        cuda = checkpoint.device.type == "cuda"
+        memory = CudaMemory(checkpoint.device) if cuda else None
+        limits = Limits(memory=memory, buckets=compiler.buckets)
+        self._engine = Engine(Forwards(limits, execute=compiler.run), max_running=64)
+        everything = [*checkpoint.pipe.components.values(), *parts]
+        self._parts = list(interposable(everything))
+        for module, method in self._parts:
+            self._engine.adopt(module, method)
+
+    def run(
+        self, jobs: Sequence[Any], callers: int, deterministic: Sequence[int] = ()
+    ) -> list[torch.Tensor]:
+        """`callers` jobs at a time; the next begins when one ends."""
+        results: dict[int, torch.Tensor] = {}
+        waiting = list(enumerate(jobs))[::-1]
+
+        def begin() -> None:
+            if waiting:
+                index, job = waiting.pop()
+                task = Task(index, job.run, finished=lambda result: end(index, result), failed=fail)
+                task.deterministic = index in deterministic
+                self._engine.submit(task)
+
+        def end(index: int, result: torch.Tensor) -> None:
+            results[index] = result
+            begin()
+
+        def fail(error: Exception) -> None:
+            raise error
+
+        for _ in range(callers):
+            begin()
+        self._engine.run_until_idle()
+        return [results[index] for index in range(len(jobs))]
+
+    def close(self) -> None:
+        self.compiler.give_way()
+        self._engine.close()
+        for module, _ in self._parts:
+            restore(module)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The better of two runs in seconds, and the last one's result."""
+    best, result = math.inf, None
+    for _ in range(2):
+        synchronize()
+        began = time.perf_counter()
+        result = run()
+        synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def lone_jobs(checkpoint: Checkpoint, size: int, steps: int, count: int = 2) -> list[Job]:
+    return [
+        replace(job, steps=steps) for job in jobs_of([checkpoint], [(size, size)], count, steps)
+    ]
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """In decibels, of latents: the peak is the reference's range."""
+    error = float((one.float() - other.float()).square().mean())
+    peak = float(other.float().max() - other.float().min())
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+def rate(jobs: Sequence[Job], seconds: float) -> float:
+    return sum(job.steps for job in jobs) / seconds
+
+
+def worst_psnr(results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> str:
+    worst = min(psnr(*pair) for pair in zip(results, expected, strict=True))
+    return f"PSNR ≥ {worst:.1f} dB"
+
+
+def device_of(name: str) -> torch.device:
+    return torch.device("cuda:0") if name == "cuda" else torch.device("cpu")
+
+
+def compiled_by(device: torch.device, work: Path) -> Compiler:
+    inductor = Inductor(work / "inductor")
+    return CudaGraphs(inductor, device) if device.type == "cuda" else inductor
+
+
+def wait_for(compiler: Compiler) -> None:
+    inductor = compiler._inner if isinstance(compiler, CudaGraphs) else compiler
+    if isinstance(inductor, Inductor):
+        inductor.wait()
+
+
+def is_compiling(compiler: Compiler) -> bool:
+    inductor = compiler._inner if isinstance(compiler, CudaGraphs) else compiler
+    assert isinstance(inductor, Inductor)
+    return not all(made.done() for made in inductor._made.values())
+
+
+# Stages.
+
+
+def architecture(results: Results, name: str, device: torch.device, work: Path) -> None:
+    """Stock, graphs and compiled code, one caller and many."""
+    size, callers = SIZES[name], CALLERS[name]
+    checkpoint = Checkpoint.random(name, device, 0)
+    scale = 1 if device.type == "cuda" else 5
+    lone = lone_jobs(checkpoint, size, LONG // scale)
+    many = jobs_of([checkpoint], [(size, size)], 2 * callers, SHORT // scale + 2)
+    label = f"{name} {size}²"
+    stock([replace(lone[0], steps=3)])
+    seconds, expected = timed(lambda: stock(lone))
+    base = rate(lone, seconds)
+    results.add(f"{label} stock, one at a time", f"{base:.1f} it/s", 1.0)
+    reference = stock(many)
+    backends = {"engine": Uncompiled, "compiled": lambda: compiled_by(device, work)}
+    if device.type == "cuda":
+        backends = {"graphs": lambda: CudaGraphs(Uncompiled(), device)} | {
+            "compiled + graphs": backends["compiled"]
+        }
+    for how, make in backends.items():
+        server = Server(checkpoint, make())
+        try:
+            compile_first(results, server, lone, f"{label} {how}")
+            last = how.startswith("compiled")
+            family = name.removeprefix("tiny_")
+            server.run(lone[:1], 1)
+            served(results, f"{label} {how}, one caller", server, lone, 1, base, expected,
+                   TARGETS[f"{family} one"] if last else "")  # fmt: skip
+            server.run(many, callers)
+            served(results, f"{label} {how}, {callers} callers", server, many, callers, base,
+                   reference, TARGETS[f"{family} many"] if last else "")  # fmt: skip
+            deterministic(results, f"{label} {how}", server, many, callers, reference[0])
+            if device.type == "cuda" and last:
+                profile(results, label, server, checkpoint, size)
+        finally:
+            server.close()
+    decoder(results, name, device, work)
+
+
+def served(
+    results: Results, what: str, server: Server, jobs: list[Job], callers: int, base: float,
+    expected: list[torch.Tensor], target: str,
+) -> None:  # fmt: skip
+    seconds, made = timed(lambda: server.run(jobs, callers))
+    measured = rate(jobs, seconds)
+    note = worst_psnr(made, expected)
+    results.add(what, f"{measured:.1f} it/s", measured / base, target, note)
+
+
+def deterministic(
+    results: Results, label: str, server: Server, jobs: list[Job], callers: int,
+    stock_latents: torch.Tensor,
+) -> None:  # fmt: skip
+    """The first job alone and twice among others."""
+    alone = server.run(jobs[:1], 1, deterministic=[0])[0]
+    again = [server.run(jobs, callers, deterministic=[0])[0] for _ in range(2)]
+    same = all(torch.equal(alone, each) for each in again)
+    like_stock = "and equal to stock" if torch.equal(alone, stock_latents) else "unlike stock"
+    value = "bit-identical" if same else "DIFFERS"
+    results.add(f"{label}, deterministic under load", value, None, "bit-identical", like_stock)
+
+
+def compile_first(results: Results, server: Server, jobs: list[Job], label: str) -> None:
+    """Serves one caller until its code is compiled."""
+    inductor = getattr(server.compiler, "_inner", server.compiler)
+    if not isinstance(inductor, Inductor):
+        return
+    server.run([replace(jobs[0], steps=8)], 1)
+    began, seconds = time.monotonic(), []
+    job = replace(jobs[0], steps=10)
+    while is_compiling(server.compiler):
+        start = time.monotonic()
+        server.run([job], 1)
+        synchronize()
+        seconds.append((time.monotonic() - start) / job.steps)
+    wait_for(server.compiler)
+    took = time.monotonic() - began
+    since = time.monotonic() - STARTED
+    typical = sorted(seconds)[len(seconds) // 2] if seconds else math.nan
+    note = (
+        f"done {since:.1f} s after the imports; one caller meanwhile: {1 / typical:.1f} it/s, "
+        f"worst step {max(seconds, default=0):.2f} s"
+    )
+    results.add(f"{label}: compilation", f"{took:.1f} s", None, "≤ 15 s with a warm cache", note)
+
+
+def profile(
+    results: Results, label: str, server: Server, checkpoint: Checkpoint, size: int
+) -> None:
+    """The denoiser's graph alone: what is left of a step is scheduler, guidance and engine."""
+    jobs = lone_jobs(checkpoint, size, LONG, 1)
+    graphs = server.compiler
+    assert isinstance(graphs, CudaGraphs)
+    captured = [entry for entry in graphs._entries.values() if entry.graph is not None]
+    seconds, _ = timed(lambda: server.run(jobs, 1))
+    for entry in captured:
+        assert entry.graph is not None
+        rows = entry.graph._inputs[0].shape[0]
+        replay = entry.graph._graph.replay
+        alone = min(
+            timed(lambda replay=replay: [replay() for _ in range(10)])[0] / 10 for _ in "ab"
+        )
+        results.add(f"{label} the denoiser's graph alone, {rows} rows", f"{alone * 1000:.2f} ms",
+                    note=f"a whole step of one caller: {seconds / LONG * 1000:.2f} ms"
+                    if rows == 2 else "")  # fmt: skip
+    pool = graphs.pool_bytes / 2**30
+    results.add(f"{label} graphs", f"{graphs.graphs} graphs", note=f"pool {pool:.2f} GB")
+
+
+def true_vae(name: str, device: torch.device, seed: int = 0) -> Any:
+    """SD1.5's and SDXL's are of one architecture; SDXL's decodes in float32."""
+    torch.manual_seed(seed)
+    widths = (8, 16) if name.startswith("tiny") else (128, 256, 512, 512)
+    with torch.device(device):
+        return diffusers.AutoencoderKL(
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            layers_per_block=2,
+            norm_num_groups=8 if name.startswith("tiny") else 32,
+            latent_channels=4,
+            force_upcast="xl" in name,
+        ).eval()
+
+
+def decoder(results: Results, name: str, device: torch.device, work: Path) -> None:
+    dtype = torch.float16 if device.type == "cuda" and "xl" not in name else torch.float32
+    vae = true_vae(name, device).to(dtype)
+    latents = torch.randn(1, 4, SIZES[name] // 8, SIZES[name] // 8, device=device, dtype=dtype)
+    target = Target(vae, "decode", LAYOUTS[("AutoencoderKL", "decode")])
+    kwargs = {"z": latents, "return_dict": False}
+    inductor = Inductor(work / "inductor")
+    expected = target.run(**kwargs)[0]
+    base, _ = timed(lambda: [target.run(**kwargs) for _ in range(5)])
+    for _ in range(5):
+        inductor.run(target, (), kwargs)
+    began = time.monotonic()
+    inductor.wait()
+    took = time.monotonic() - began
+    made = inductor.run(target, (), kwargs)[0]
+    seconds, _ = timed(lambda: [inductor.run(target, (), kwargs) for _ in range(5)])
+    results.add(f"{name} decoder, compiled", f"{seconds / 5 * 1000:.1f} ms", base / seconds, "",
+                f"stock {base / 5 * 1000:.1f} ms, {psnr(made, expected):.1f} dB, "
+                f"compiled in {took:.1f} s, {str(dtype).removeprefix('torch.')}")  # fmt: skip
+
+
+def compile_only(results: Results, name: str, device: torch.device, work: Path) -> None:
+    """With an empty cache, while one caller is served by graphs."""
+    checkpoint = Checkpoint.random(name, device, 0)
+    server = Server(checkpoint, compiled_by(device, work))
+    jobs = lone_jobs(checkpoint, SIZES[name], LONG, 1)
+    stock([replace(jobs[0], steps=3)])
+    compile_first(results, server, jobs, f"{name} cold (both at once)")
+    decoder(results, name, device, work)
+
+
+def more(results: Results, device: torch.device, work: Path) -> None:
+    from scripts.bench_swaps import controlled_jobs
+
+    name = "sd15" if device.type == "cuda" else "tiny_sd15"
+    size = SIZES[name]
+    checkpoint = Checkpoint.random(name, device, 0)
+    jobs, net = controlled_jobs(checkpoint, size, LONG)
+    base, expected = timed(lambda: stock(jobs))
+    results.add(f"{name} {size}² + ControlNet, stock", f"{rate(jobs, base):.1f} it/s", 1.0)
+    makes = [("graphs", lambda: CudaGraphs(Uncompiled(), device))] if device.type == "cuda" else []
+    makes += [("compiled", lambda: compiled_by(device, work))]
+    for how, make in makes:
+        server = Server(checkpoint, make(), [net])
+        server.run([replace(jobs[0], steps=8)], 1)
+        wait_for(server.compiler)
+        server.run(jobs, 1)
+        seconds, made = timed(lambda server=server: server.run(jobs, 1))
+        results.add(f"{name} {size}² + ControlNet, {how}", f"{rate(jobs, seconds):.1f} it/s",
+                    base / seconds, "72.6 it/s: stable-fast on an H100",
+                    worst_psnr(made, expected))  # fmt: skip
+        server.close()
+
+
+def stable_fast(results: Results, device: torch.device, work: Path) -> None:
+    if subprocess.run([sys.executable, "-c", "import sfast"], capture_output=True).returncode:
+        began = time.monotonic()
+        subprocess.run(["scripts/build_stable_fast", str(work / "stable-fast")], check=True)
+        results.add("stable-fast: build", f"{time.monotonic() - began:.0f} s")
+        sys.path.insert(0, str(work / "stable-fast"))
+    from gpu_worker.compilers.stable_fast import StableFast
+
+    for name in ("sd15", "sdxl"):
+        checkpoint = Checkpoint.random(name, device, 0)
+        jobs = lone_jobs(checkpoint, SIZES[name], LONG)
+        stock([replace(jobs[0], steps=3)])
+        base, expected = timed(lambda jobs=jobs: stock(jobs))
+        server = Server(checkpoint, CudaGraphs(StableFast("cuda"), device))
+        began = time.monotonic()
+        server.run([replace(jobs[0], steps=5)], 1)
+        synchronize()
+        took = time.monotonic() - began
+        seconds, made = timed(lambda server=server, jobs=jobs: server.run(jobs, 1))
+        results.add(f"{name} {SIZES[name]}² stable-fast + graphs, one caller",
+                    f"{rate(jobs, seconds):.1f} it/s", base / seconds, "",
+                    f"{worst_psnr(made, expected)}, first job {took:.1f} s")  # fmt: skip
+        server.close()
+
+
+def main() -> None:
+    stage, device_name, work, path = sys.argv[1:]
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    torch.set_grad_enabled(False)
+    device, results, folder = device_of(device_name), Results(Path(path)), Path(work)
+    quiet_libraries()
+    if device.type == "cuda":
+        torch.zeros(1, device=device)
+        name = torch.cuda.get_device_name(device)
+        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+        print(f"== {stage}: {name}, {versions}", flush=True)
+    else:
+        torch.set_num_threads(1)
+    prefix = "" if device.type == "cuda" else "tiny_"
+    match stage:
+        case "sd15" | "sdxl":
+            architecture(results, prefix + stage, device, folder)
+        case "compile_sd15" | "compile_sdxl":
+            compile_only(results, prefix + stage.removeprefix("compile_"), device, folder)
+        case "swap":
+            from scripts.bench_swaps import swaps
+
+            for name in ("sd15", "sdxl"):
+                swaps(results, prefix + name, device, folder)
+        case "more":
+            more(results, device, folder)
+        case "stable_fast":
+            stable_fast(results, device, folder)
+        case _:
+            raise SystemExit(f"cannot run {stage}: there is no such stage")
+
+
+if __name__ == "__main__":
+    main()
