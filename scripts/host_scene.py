@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ GB = 2**30
 MIXED = "sd15"
 COPIES_PER_DEVICE = 3
 COMPILE_SECONDS = 240.0
+RECOVERY_SECONDS = 150.0
 POLL_SECONDS = 0.1
 LOG_LINES = 15
 SETTINGS = ("CUDA_GRAPH", "COMPILE_BACKEND", "DTYPE")
@@ -140,17 +141,22 @@ class Scene:
         shutil.rmtree(self.work / "data", ignore_errors=True)
         (self.work / "data").mkdir(parents=True)
         began = monotonic()
-        for model in self.models:
-            self._write(self.checkpoints / f"{model.family}-0", model)
+        self._write()
         self._copy()
         size = sum(weight_bytes(folder) for folder in self.checkpoints.iterdir())
         print(f"{size / GB:.2f} GB of checkpoints, {monotonic() - began:.1f} s", flush=True)
 
-    def _write(self, folder: Path, model: Model) -> None:
-        if not folder.exists():
-            code = WRITE_TRUE if self.models is TRUE else WRITE_TINY
-            command = [sys.executable, "-c", code, str(folder), model.family]
-            subprocess.run(command, cwd=ROOT, check=True)
+    def _write(self) -> None:
+        """One of each architecture, side by side."""
+        code = WRITE_TRUE if self.models is TRUE else WRITE_TINY
+        folders = {model.family: self.checkpoints / f"{model.family}-0" for model in self.models}
+        writers = [
+            subprocess.Popen([sys.executable, "-c", code, str(folder), family], cwd=ROOT)
+            for family, folder in folders.items()
+            if not folder.exists()
+        ]
+        if any([writer.wait() for writer in writers]):
+            sys.exit("cannot write the checkpoints")
 
     def _copy(self) -> None:
         from scripts.true_architectures import write_variant
@@ -196,3 +202,11 @@ def is_compiling(log: Path) -> bool:
 def weight_bytes(folder: Path) -> int:
     """What a checkpoint's weights take on disk."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def until(holds: Callable[[], object], seconds: float = RECOVERY_SECONDS) -> bool:
+    """Whether it came to hold in time."""
+    deadline = monotonic() + seconds
+    while not holds() and monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return bool(holds())

@@ -49,7 +49,7 @@ def make_breakable(file: Path) -> None:
             break_device(self.device)
         return original(self, *args, **kwargs)
 
-    CLIPTextModel.forward = forward  # type: ignore[method-assign]
+    CLIPTextModel.forward = forward
 
 
 def main() -> NoReturn:
