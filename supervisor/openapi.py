@@ -19,6 +19,7 @@ HEADERS = "#/components/headers/"
 COMMON_ERRORS = ("body_too_large", "body_timeout", "internal_error")
 REQUEST_ID = {"X-Request-Id": {"$ref": HEADERS + "X-Request-Id"}}
 RETRY_AFTER = {429, 503}
+PIPELINES = "pipelines"
 EVENT = {
     "type": "object",
     "description": "one event of the stream; its data is JSON",
@@ -38,6 +39,7 @@ def document(operations: Sequence[Operation], needs_key: bool) -> Schema:
     content: Schema = {
         "openapi": "3.1.0",
         "info": {"title": "Image Generation Inference", "version": VERSION},
+        "tags": [{"name": tag} for tag in _tags(operations)],
         "paths": paths,
         "components": {
             "schemas": _schemas(operations),
@@ -52,6 +54,11 @@ def document(operations: Sequence[Operation], needs_key: bool) -> Schema:
         content["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         content["security"] = [{"key": []}]
     return content
+
+
+def _tags(operations: Sequence[Operation]) -> list[str]:
+    """In the routes' order; the many pipelines come last."""
+    return [*dict.fromkeys(operation.tag for operation in operations), PIPELINES]
 
 
 def _schemas(operations: Sequence[Operation]) -> Schema:
@@ -90,7 +97,7 @@ def _described(operation: Operation, pipeline: str | None, needs_key: bool) -> S
         "operationId": re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_").lower(),
         "summary": operation.summary,
         "description": "Errors: " + ", ".join(f"`{code}`" for code in codes),
-        "tags": [operation.tag],
+        "tags": [PIPELINES if pipeline else operation.tag],
         "responses": {**_answers(operation), **_errors(operation.path, codes)},
     }
     if needs_key and is_open:
@@ -103,10 +110,14 @@ def _described(operation: Operation, pipeline: str | None, needs_key: bool) -> S
 
 
 def _body(operation: Operation, pipeline: str | None) -> Schema:
+    """The body's media type and schema; the example where it has all that is required."""
     assert operation.body is not None
     name = operation.body.__name__
+    content: Schema = {"schema": {"$ref": SCHEMAS + name}}
+    if operation.example and set(_required(pipeline)) <= set(operation.example["parameters"]):
+        content["example"] = operation.example
     if operation.files is None and pipeline is None:
-        return {"application/json": {"schema": {"$ref": SCHEMAS + name}}}
+        return {"application/json": content}
     _, schemas = msgspec.json.schema_components([operation.body], ref_template=SCHEMAS + "{name}")
     whole: Schema = schemas[name]
     if operation.files is not None:
@@ -114,7 +125,14 @@ def _body(operation: Operation, pipeline: str | None) -> Schema:
         return {"multipart/form-data": {"schema": whole | {"properties": properties}}}
     properties = {key: value for key, value in whole["properties"].items() if key != "pipeline"}
     properties["parameters"] = {"$ref": f"{SCHEMAS}{pipeline}"}
-    return {"application/json": {"schema": whole | {"properties": properties}}}
+    return {"application/json": content | {"schema": whole | {"properties": properties}}}
+
+
+def _required(pipeline: str | None) -> list[str]:
+    if pipeline is None:
+        return []
+    parameters = catalogue.pipeline(pipeline).parameters.items()
+    return [name for name, parameter in parameters if parameter.required]
 
 
 def _parameters(operation: Operation) -> list[Schema]:

@@ -27,6 +27,8 @@ class Operation:
     endpoint: Endpoint
     summary: str
     body: type[msgspec.Struct] | None = None
+    example: dict[str, Any] | None = None
+    """A body that works where there is a default checkpoint."""
     files: dict[str, dict[str, Any]] | None = None
     """JSON Schemas of files; then the body is a multipart form with these beside the fields."""
     streams: bool = False

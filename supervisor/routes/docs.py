@@ -27,8 +27,8 @@ PAGE = """<!doctype html>
 </html>
 """
 START = """SwaggerUIBundle({
-  url: "/openapi.json", dom_id: "#swagger-ui", docExpansion: "none",
-  defaultModelsExpandDepth: -1, tryItOutEnabled: true,
+  url: "/openapi.json", dom_id: "#swagger-ui", docExpansion: "list",
+  defaultModelsExpandDepth: -1, tryItOutEnabled: true, validatorUrl: null,
 });
 """
 

@@ -156,6 +156,7 @@ ERRORS = ("invalid_request", "not_supported", "incompatible_model", "invalid_mod
           "poison", "generation_failed", "out_of_memory", "storage_full", "deadline_exceeded",
           "cancelled", "batch_id_exists", "key_in_use", "key_reused",
           "unsupported_media_type")  # fmt: skip
+EXAMPLE = {"parameters": {"prompt": "a large red circle on a white background", "seed": 7}}
 HEADERS: dict[str, dict[str, Any]] = {
     "Idempotency-Key": {"type": "string", "minLength": 1, "maxLength": MAX_KEY},
     "Prefer": {"type": "string", "examples": ["respond-async"]},
@@ -163,12 +164,13 @@ HEADERS: dict[str, dict[str, Any]] = {
 
 OPERATIONS = [
     Operation(method="POST", path="/generate", endpoint=generate, body=GenerateBody,
+              example=EXAMPLE,
               summary="Generate pictures; the pipeline follows from the checkpoint and the "
                       "inputs, unless it is named",
               answer=answers.Generated, headers=HEADERS,
               errors=ERRORS, tag="generation", streams=True, may_wait=True),
     Operation(method="POST", path="/generate/{pipeline}", endpoint=generate,
-              body=GenerateBody, summary="Generate pictures with a pipeline class",
+              body=GenerateBody, example=EXAMPLE, summary="Generate pictures with a pipeline class",
               answer=answers.Generated, headers=HEADERS,
               errors=ERRORS, tag="generation", streams=True, may_wait=True),
 ]  # fmt: skip
