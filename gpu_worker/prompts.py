@@ -89,7 +89,7 @@ def _checked_clip_skip(encoders: TextEncoders, clip_skip: int | None) -> int | N
     raise Refusal(
         "invalid_request",
         f"cannot skip {clip_skip} layers: this text encoder accepts 0 to {layers - 1}",
-        "clip_skip",
+        "parameters.clip_skip",
     )
 
 
@@ -117,12 +117,12 @@ def _check(field: str, text: str) -> None:
         raise Refusal(
             "invalid_request",
             f"cannot read the {field}: it has {len(text)} characters, {MAX_CHARACTERS} at most",
-            field,
+            f"parameters.{field}",
         )
     try:
         parsed(text)
     except Refusal as refusal:
-        raise Refusal(refusal.code, refusal.detail, field) from refusal
+        raise Refusal(refusal.code, refusal.detail, f"parameters.{field}") from refusal
 
 
 def _embeddings(
@@ -145,7 +145,7 @@ def _embeddings(
                 named[name] = torch.zeros_like(named[name])
     if not all(torch.isfinite(value).all() for value in named.values()):
         detail = "cannot use the prompt's weights: they add up to nothing"
-        raise Refusal("invalid_request", detail, "prompt")
+        raise Refusal("invalid_request", detail, "parameters.prompt")
     return named
 
 

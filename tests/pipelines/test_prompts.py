@@ -172,7 +172,7 @@ def test_clip_skip_with_weights_reads_like_a_shorter_text_encoder(sd, sdxl, prom
 def test_more_layers_than_there_are_cannot_be_skipped(pipe, clip_skip):
     with pytest.raises(Refusal, match=r"accepts 0 to 2") as refusal:
         encode(pipe, {"prompt": "a red fox", "clip_skip": clip_skip})
-    assert refusal.value.field == "clip_skip"
+    assert refusal.value.field == "parameters.clip_skip"
 
 
 def test_no_negative_prompt_is_zeros_where_the_pipeline_says_so(sdxl):
@@ -186,7 +186,7 @@ def test_no_negative_prompt_is_zeros_where_the_pipeline_says_so(sdxl):
 def test_an_endless_prompt_is_refused(sd15):
     with pytest.raises(Refusal, match="5000 at most") as refusal:
         encode(sd15, {"prompt": "a fox", "negative_prompt": "x" * 5001})
-    assert refusal.value.field == "negative_prompt"
+    assert refusal.value.field == "parameters.negative_prompt"
 
 
 def test_weights_that_add_up_to_nothing_are_refused(sd15):
@@ -197,7 +197,7 @@ def test_weights_that_add_up_to_nothing_are_refused(sd15):
 def test_the_field_that_cannot_be_read_is_named(sd15):
     with pytest.raises(Refusal, match="swap is not supported") as refusal:
         encode(sd15, {"prompt": "a fox", "negative_prompt": "a fox.swap(hen)"})
-    assert refusal.value.field == "negative_prompt"
+    assert refusal.value.field == "parameters.negative_prompt"
 
 
 def test_pipelines_that_read_prompts_in_their_own_way_are_left_alone():

@@ -5,7 +5,6 @@ Each of the twelve pipelines on each family that fits: the cells of the support 
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest

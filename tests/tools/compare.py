@@ -40,7 +40,11 @@ def share_changed(some: Image.Image, other: Image.Image) -> float:
 
 
 def over_http(
-    server: RunningServer, checkpoint: str, pipeline: str, parameters: Mapping[str, Any], **more: Any
+    server: RunningServer,
+    checkpoint: str,
+    pipeline: str,
+    parameters: Mapping[str, Any],
+    **more: Any,
 ) -> list[Image.Image]:
     """Pillow pictures among the parameters travel as base64."""
     answer = asked(server, checkpoint, pipeline, parameters, **more)
@@ -49,7 +53,11 @@ def over_http(
 
 
 def asked(
-    server: RunningServer, checkpoint: str, pipeline: str, parameters: Mapping[str, Any], **more: Any
+    server: RunningServer,
+    checkpoint: str,
+    pipeline: str,
+    parameters: Mapping[str, Any],
+    **more: Any,
 ) -> httpx.Response:
     """The answer, whatever it is."""
     body = {
