@@ -155,7 +155,8 @@ class Scene:
             for family, folder in folders.items()
             if not folder.exists()
         ]
-        if any([writer.wait() for writer in writers]):
+        codes = [writer.wait() for writer in writers]
+        if any(codes):
             sys.exit("cannot write the checkpoints")
 
     def _copy(self) -> None:
