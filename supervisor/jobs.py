@@ -4,8 +4,9 @@ A job is accepted once and ends once. In between it may be sent to several
 workers, one after the other, always with the same seeds.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -108,6 +109,14 @@ class Job:
         return self.message.checkpoint.path
 
     @property
+    def kind(self) -> str:
+        """What the cost of its steps depends on most: the checkpoint and the pictures' size."""
+        if not isinstance(self.message, messages.Generate):
+            return self.model
+        given = self.message.parameters
+        return f"{self.model} {given.get('width')}x{given.get('height')}"
+
+    @property
     def priority(self) -> int:
         return self.message.priority if isinstance(self.message, messages.Generate) else 0
 
@@ -191,7 +200,7 @@ class Job:
     def work_seconds(self, estimates: Estimates) -> float:
         """What its steps still need on a device that does nothing else."""
         steps = max(self.expected_steps() - self.step, 0)
-        return steps * estimates.steps.expected(self.model)
+        return steps * estimates.steps.expected(self.kind)
 
     def running_seconds(self, estimates: Estimates) -> float:
         """Where it runs: the steps that are left, and the swap while that is not over."""
@@ -221,19 +230,28 @@ class Job:
         )
 
 
-def in_order(jobs: Iterable[Job], running: Iterable[Job], now: float) -> list[Job]:
+def in_order(
+    jobs: Iterable[Job], running: Iterable[Job], served_at: Mapping[str, float], now: float
+) -> list[Job]:
     """Queued jobs as they should be served.
 
     Callers take turns: each caller's first job comes before anybody's second, and what a
-    caller has running counts as before. Within a turn, and among a caller's own jobs, by
-    priority, where waiting counts; then by age.
+    caller has running counts as before. Within a turn the caller goes first who has waited
+    longest since it was served last, or since its oldest job came. A caller's own jobs go
+    by priority, where waiting counts, and by age.
     """
     ahead = Counter(job.caller for job in running)
+    by_urgency = sorted(jobs, key=lambda job: (-_urgency(job, now), job.accepted_at))
+    waits_since: dict[str, float] = {}
+    for job in by_urgency:
+        oldest = min(job.accepted_at, waits_since.get(job.caller, job.accepted_at))
+        waits_since[job.caller] = oldest
     turns = []
-    for job in sorted(jobs, key=lambda job: (-_urgency(job, now), job.accepted_at)):
-        turns.append((ahead[job.caller], job))
+    for job in by_urgency:
+        since = max(waits_since[job.caller], served_at.get(job.caller, -math.inf))
+        turns.append((ahead[job.caller], since, job))
         ahead[job.caller] += 1
-    return [job for _, job in sorted(turns, key=lambda turn: turn[0])]
+    return [job for *_, job in sorted(turns, key=lambda turn: turn[:2])]
 
 
 def _urgency(job: Job, now: float) -> float:

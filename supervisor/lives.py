@@ -28,6 +28,7 @@ TICK_SECONDS = 0.1
 FRAME_SECONDS = 30.0
 """A frame that has begun must be whole within this time."""
 LAST_WORDS_SECONDS = 1.0
+LINES_PER_SECOND = 100
 MEMORY_SECONDS = 20.0
 """How long a device may take to give back what a dead worker held there."""
 SECRET_VARIABLES = frozenset({"API_KEY", "HF_TOKEN", "WEBHOOK_SECRET", "WEBHOOK_AUTH_VALUE"})
@@ -130,8 +131,16 @@ class Lives:
             log.warning("device memory is still held", extra={"worker": worker.id})
 
     async def _print(self, worker: Worker, process: WorkerProcess, printed: anyio.Event) -> None:
+        """Into the log, but no more than the loop can bear: what a worker prints has no limit."""
+        left, until = LINES_PER_SECOND, 0.0
         async for line in process.lines():
-            worker_log.info(line, extra={"worker": worker.id})
+            if anyio.current_time() >= until:
+                if left < 0:
+                    worker_log.warning("%d lines left out", -left, extra={"worker": worker.id})
+                left, until = LINES_PER_SECOND, anyio.current_time() + 1
+            left -= 1
+            if left >= 0:
+                worker_log.info(line, extra={"worker": worker.id})
         printed.set()
 
     async def _send(

@@ -41,6 +41,7 @@ class Work:
         self._observers = observers
         self._now = clock
         self._suspects = Suspects()
+        self._served_at: dict[str, float] = {}
 
     @property
     def is_idle(self) -> bool:
@@ -67,6 +68,8 @@ class Work:
             self.dispatch()
 
     def time_passed(self) -> None:
+        callers = {job.caller for job in self.queued.values()}
+        self._served_at = {who: at for who, at in self._served_at.items() if who in callers}
         for job in overdue(self.unfinished(), self._now()):
             detail = "cannot finish the job within its time limit"
             problem = Problem("deadline_exceeded", detail, field="timeout_seconds")
@@ -149,6 +152,7 @@ class Work:
         now = self._now()
         if not worker.running:
             worker.moved_at = now
+        self._served_at[job.caller] = now
         job.dispatched(worker.id, now, swaps=not worker.holds(job.model))
         worker.running[job.id] = job
         worker.post(job.outgoing())
@@ -162,7 +166,7 @@ class Work:
         return placement.plan([job.view(self.estimates) for job in jobs], self._views())
 
     def _ordered(self) -> list[Job]:
-        return in_order(self.queued.values(), self._running(), self._now())
+        return in_order(self.queued.values(), self._running(), self._served_at, self._now())
 
     def _running(self) -> list[Job]:
         workers = self._workers.values()
@@ -197,7 +201,7 @@ class Work:
         """Only from measured steps: a guess refuses nobody. Spares itself the plan when
         all that waits, one after the other, would be done in time."""
         views = self._views()
-        if not views or not self.estimates.steps.knows(job.model):
+        if not views or not self.estimates.steps.knows(job.kind):
             return None
         jobs = [other.view(self.estimates) for other in [*self.queued.values(), job]]
         ahead = max(sum(view.running_seconds) for view in views)
@@ -208,9 +212,10 @@ class Work:
         return next((p.completion_seconds for p in plan if p.job == job.id), None)
 
     def _measured(self, worker: Worker, job: Job, finished: messages.Finished) -> None:
+        worker.failures = 0
         if finished.step_seconds is not None:
             worker.step_seconds = finished.step_seconds
-            self.estimates.stepped(job.model, finished.step_seconds, finished.batch_rows)
+            self.estimates.stepped(job.kind, finished.step_seconds, finished.batch_rows)
         if job.swaps and finished.load_seconds > 0:
             self.estimates.swaps.measured(job.model, finished.load_seconds)
         self._suspects.succeeded(job.message)

@@ -58,7 +58,8 @@ def _nothing(message: messages.ToWorker) -> None:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """`failures` are deaths in a row, `failed_starts` those of them before ready."""
+    """`failures` are deaths in a row without a finished job between them, `failed_starts`
+    those before ready."""
 
     id: int
     device: str

@@ -2,7 +2,7 @@
 
 import pytest
 
-from supervisor.estimates import GUESSED_STEP_SECONDS, WEIGHT, Averages, Estimates
+from supervisor.estimates import GUESSED_STEP_SECONDS, MAX_KINDS, WEIGHT, Averages, Estimates
 from supervisor.placement import slowdown
 
 
@@ -40,3 +40,13 @@ def test_steps_that_were_shared_count_as_if_they_had_not_been() -> None:
     assert estimates.steps.expected("a") == pytest.approx(0.5)
     estimates.stepped("b", 0.5, None)
     assert estimates.steps.expected("b") == 0.5
+
+
+def test_what_was_measured_longest_ago_is_forgotten() -> None:
+    averages = Averages(7.0)
+    for index in range(MAX_KINDS):
+        averages.measured(f"{index}", 1.0)
+    averages.measured("0", 1.0)
+    averages.measured("one more", 1.0)
+    assert averages.knows("0")
+    assert not averages.knows("1")

@@ -346,6 +346,15 @@ def test_a_worker_that_stays_up_is_forgiven_its_deaths() -> None:
     assert fake.worker().failures == 0
 
 
+def test_a_worker_that_finishes_a_job_is_forgiven_its_deaths() -> None:
+    fake, one = FakeFleet(1), job()
+    fake.die()
+    fake.revive()
+    fake.submit(one)
+    fake.finish(one)
+    assert fake.worker().failures == 0
+
+
 def crash_before_ready(fake: FakeFleet, id: int, times: int = 5) -> None:
     worker = fake.worker(id)
     for _ in range(times):

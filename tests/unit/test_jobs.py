@@ -24,34 +24,41 @@ def ids(jobs: list[Job]) -> list[str]:
 
 
 def test_older_jobs_come_first() -> None:
-    assert ids(in_order([job("b", now=2), job("a", now=1)], [], 3)) == ["a", "b"]
+    assert ids(in_order([job("b", now=2), job("a", now=1)], [], {}, 3)) == ["a", "b"]
 
 
 def test_higher_priority_comes_first() -> None:
-    assert ids(in_order([job("low"), job("high", priority=5)], [], 0)) == ["high", "low"]
+    assert ids(in_order([job("low"), job("high", priority=5)], [], {}, 0)) == ["high", "low"]
 
 
 def test_waiting_counts_as_priority() -> None:
     old, young = job("old", now=0), job("young", now=11, priority=5)
-    assert ids(in_order([young, old], [], 11)) == ["old", "young"]
+    assert ids(in_order([young, old], [], {}, 11)) == ["old", "young"]
     young = job("young", now=9, priority=5)
-    assert ids(in_order([young, old], [], 11)) == ["young", "old"]
+    assert ids(in_order([young, old], [], {}, 11)) == ["young", "old"]
 
 
 def test_callers_take_turns_however_many_jobs_one_of_them_brings() -> None:
     flood = [job(f"a{index}", now=index, caller="a") for index in range(3)]
     late = [job("b0", now=90, caller="b"), job("c0", now=95, caller="c")]
-    assert ids(in_order([*flood, *late], [], 100)) == ["a0", "b0", "c0", "a1", "a2"]
+    assert ids(in_order([*flood, *late], [], {}, 100)) == ["a0", "b0", "c0", "a1", "a2"]
 
 
 def test_what_a_caller_has_running_counts_as_a_turn() -> None:
     queued = [job("a1", now=0, caller="a"), job("b0", now=5, caller="b")]
-    assert ids(in_order(queued, [job("a0", caller="a")], 9)) == ["b0", "a1"]
+    assert ids(in_order(queued, [job("a0", caller="a")], {}, 9)) == ["b0", "a1"]
+
+
+def test_whoever_was_served_last_comes_last() -> None:
+    queued = [job("a0", now=0, caller="a"), job("b0", now=5, caller="b")]
+    assert ids(in_order(queued, [], {"a": 9.0}, 9)) == ["b0", "a0"]
+    assert ids(in_order(queued, [], {"a": 4.0}, 9)) == ["a0", "b0"]
+    assert ids(in_order(queued, [], {"a": 9.0, "b": 10.0}, 10)) == ["a0", "b0"]
 
 
 def test_a_callers_priorities_order_its_own_jobs_only() -> None:
     pushy = [job("a0", caller="a"), job("a1", caller="a", priority=100)]
-    assert ids(in_order([*pushy, job("b0", now=1, caller="b")], [], 1)) == ["a1", "b0", "a0"]
+    assert ids(in_order([*pushy, job("b0", now=1, caller="b")], [], {}, 1)) == ["a1", "b0", "a0"]
 
 
 def test_a_job_is_overdue_from_its_deadline_on() -> None:
@@ -152,7 +159,7 @@ def test_pictures_come_out_in_order() -> None:
 
 def measured() -> Estimates:
     estimates = Estimates()
-    estimates.stepped("/models/cat", 0.5, None)
+    estimates.stepped(job().kind, 0.5, None)
     estimates.swaps.measured("/models/cat", 3.0)
     return estimates
 
@@ -194,3 +201,10 @@ def test_a_queued_job_shows_placement_what_it_needs() -> None:
     assert (view.model, view.worker, view.alone, view.avoids) == ("/models/cat", 1, False, None)
     assert view.work_seconds == 10 * GUESSED_STEP_SECONDS
     assert view.swap_seconds == GUESSED_SWAP_SECONDS
+
+
+def test_pictures_of_another_size_are_another_kind_of_work() -> None:
+    small, large = (job(parameters={"width": side, "height": side}) for side in (512, 1024))
+    assert small.kind != large.kind
+    load = Job("load", m.Load(job="load", checkpoint=model()), 0, 9)
+    assert load.kind == "/models/cat"
