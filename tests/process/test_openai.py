@@ -10,7 +10,8 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.tools.server import RunningServer
+from tests.tools.raw_http import Connection, head
+from tests.tools.server import RunningServer, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,22 @@ def test_the_same_key_brings_the_same_edit(scripted: RunningServer) -> None:
     assert first.status_code == 200
     assert edited("a fox").json()["data"] == first.json()["data"]
     assert edited("a hare").status_code == 400
+
+
+@pytest.mark.parametrize("partial_images", [0, 1])
+def test_a_caller_who_leaves_a_stream_cancels_its_job(
+    scripted: RunningServer, partial_images: int
+) -> None:
+    """Before the first event, and after it."""
+    asked = {
+        "prompt": "fault:slow step_seconds=0.05", "model": "sd15", "stream": True,
+        "partial_images": partial_images, "num_inference_steps": 1000,
+    }  # fmt: skip
+    with Connection(scripted.url) as connection:
+        body = json.dumps(asked).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        connection.send(head("POST /v1/images/generations", headers) + body)
+        wait_until(lambda: any(worker["running"] for worker in scripted.placement()))
+        if partial_images:
+            assert b"partial_image" in connection.read_until(b"partial_image")
+    wait_until(lambda: not any(worker["running"] for worker in scripted.placement()), 5)

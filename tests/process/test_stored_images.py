@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.raw_http import Connection
-from tests.tools.server import RunningServer
+from tests.tools.server import SCRIPTED, RunningServer, running
 
 BODY = {
     "checkpoint": "sd15",
@@ -83,3 +83,38 @@ def test_a_part_of_a_picture_can_be_asked_for(scripted: RunningServer) -> None:
     part = scripted.client.get("/images/ranged-0.png", headers={"Range": "bytes=0-7"})
     assert part.status_code == 206
     assert part.content == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_batch_id_that_is_taken_is_refused_and_nothing_is_overwritten(
+    scripted: RunningServer,
+) -> None:
+    scripted.generate(BODY | {"batch_id": "taken", "output_format": "png"})
+    before = (image_dir(scripted) / "taken-0.png").read_bytes()
+    answer = scripted.generate(BODY | {"batch_id": "taken", "output_format": "jpeg"})
+    assert (answer.status_code, answer.json()["code"]) == (409, "batch_id_exists")
+    assert (image_dir(scripted) / "taken-0.png").read_bytes() == before
+
+
+def test_a_picture_that_finds_no_room_is_returned_in_the_refusal(
+    tmp_path: Path, scripted_model_dir: Path
+) -> None:
+    settings = {"MODEL_DIR": str(scripted_model_dir), "MAX_DATA_DIR_SIZE_GB": "0.00002"}
+    large = BODY | {"parameters": {"prompt": "fault:slow picture_bytes=50000"}}
+    with running(tmp_path, SCRIPTED, **settings) as server:
+        answer = server.generate(large)
+        assert (answer.status_code, answer.json()["code"]) == (507, "storage_full")
+        assert base64.b64decode(answer.json()["images"][0]).startswith(b"\xff\xd8")
+        kept = server.generate(large | {"return_images": False})
+        assert (kept.status_code, "images" in kept.json()) == (507, False)
+        assert not list(image_dir(server).iterdir())
+        assert server.generate(large | {"store_images": False}).status_code == 200
+
+
+def test_the_post_strategy_needs_an_address(tmp_path: Path, scripted_model_dir: Path) -> None:
+    settings = {"MODEL_DIR": str(scripted_model_dir), "IMAGE_STORAGE_STRATEGY": "HTTP-POST"}
+    with running(tmp_path, SCRIPTED, **settings) as server:
+        answer = server.generate(BODY)
+        assert (answer.status_code, answer.json()["field"]) == (422, "store_images")
+        asked = {"prompt": "a", "model": "sd15", "response_format": "url"}
+        answer = server.client.post("/v1/images/generations", json=asked)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")

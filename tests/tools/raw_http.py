@@ -83,6 +83,16 @@ class Connection:
             received += data
         return bytes(received)
 
+    def read_until(self, words: bytes) -> bytes:
+        """What is said up to some words and a little after; ConnectionError when it ends before."""
+        received = bytearray()
+        while words not in received:
+            data = self.socket.recv(65536)
+            if not data:
+                raise ConnectionError("closed before it was said")
+            received += data
+        return bytes(received)
+
     @property
     def is_closed(self) -> bool:
         """Waits until the server has closed the connection; false if it says something."""

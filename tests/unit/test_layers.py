@@ -19,7 +19,8 @@ FORBIDDEN = {
 # They decide and never do: nothing of the outside reaches them but their arguments.
 PURE = ("settings", "errors", "states", "placement", "jobs", "estimates", "worker", "requests",
         "admission", "suspects", "rotation",
-        "headers", "families", "catalogue", "parameters", "schedulers", "webhooks")  # fmt: skip
+        "headers", "families", "catalogue", "parameters", "schedulers", "webhooks",
+        "answers", "infotext", "openai_images", "start_checks")  # fmt: skip
 OWNERS_OF_SUBPROCESSES = {"supervisor/worker_process.py"}
 
 
