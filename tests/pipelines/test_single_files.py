@@ -168,13 +168,13 @@ def test_an_inpainting_checkpoint_has_more_channels_than_its_configuration(
     assert_same(server, "sd15_inpaint.safetensors", pipe, given, asked)
 
 
-@pytest.mark.parametrize("checkpoint", ["single", "folder"])
-@pytest.mark.parametrize(("family", "layout"), VAES)
+@pytest.mark.parametrize(
+    ("family", "layout", "checkpoint"),
+    [*((family, layout, "single") for family, layout in VAES), ("sd15", "ldm", "folder")],
+)
 def test_a_vae_in_one_file_goes_with_checkpoints_of_either_form(
     server: RunningServer, model_dir: Path, family: str, layout: str, checkpoint: str
 ) -> None:
-    if checkpoint == "folder" and family != "sd15":
-        pytest.skip("one family is enough")
     vae = diffusers.AutoencoderKL.from_pretrained(model_dir / "vae" / family)
     pipe = stock(model_dir / "checkpoints" / family, base_of(family), vae=vae)
     name = "folder" if checkpoint == "folder" else f"{family}.safetensors"
@@ -194,13 +194,13 @@ def test_one_vae_file_is_scaled_as_each_checkpoint_needs_it(
         assert_same(server, f"{family}.safetensors", pipe, PLAIN, vae="sd15-ldm.safetensors")
 
 
-@pytest.mark.parametrize("checkpoint", ["single", "folder"])
-@pytest.mark.parametrize(("family", "layout"), CONTROLNETS)
+@pytest.mark.parametrize(
+    ("family", "layout", "checkpoint"),
+    [*((family, layout, "single") for family, layout in CONTROLNETS), ("sd15", "ldm", "folder")],
+)
 def test_a_controlnet_in_one_file_goes_with_checkpoints_of_either_form(
     server: RunningServer, model_dir: Path, family: str, layout: str, checkpoint: str
 ) -> None:
-    if checkpoint == "folder" and family != "sd15":
-        pytest.skip("one family is enough")
     net = diffusers.ControlNetModel.from_pretrained(model_dir / "controlnet" / f"{family}-a")
     kind = base_of(family).replace("Pipeline", "ControlNetPipeline")
     pipe = stock(model_dir / "checkpoints" / family, kind, controlnet=net)
@@ -245,8 +245,7 @@ def test_configurations_are_fetched_once_without_weights_or_named_where_they_are
         (partial / name).unlink()
     with local_hub.running() as hub:
         hub.repos["stable-diffusion-v1-5/stable-diffusion-v1-5"] = folders / "sd15"
-        environ = {"MODEL_DIR": str(models), "HF_ENDPOINT": hub.endpoint}
-        with running(tmp_path, **environ) as server:
+        with running(tmp_path, MODEL_DIR=str(models), HF_ENDPOINT=hub.endpoint) as server:
             pipe = stock(folders / "sd15", base_of("sd15"))
             for _ in range(2):
                 assert_same(server, "sd15.safetensors", pipe, PLAIN)
