@@ -11,10 +11,11 @@ from starlette.types import ASGIApp
 from supervisor import openapi
 from supervisor.errors import Problem
 from supervisor.guards import BodyGuard, KeyGuard, RequestId
+from supervisor.metrics import Metered, Metrics
 from supervisor.models import Models
 from supervisor.operations import Operation
 from supervisor.problems import on_http_exception, on_problem
-from supervisor.routes import docs, generate, images, inspect, jobs, models, openai
+from supervisor.routes import docs, generate, images, inspect, jobs, metrics, models, openai
 from supervisor.service import Service
 from supervisor.storage import Storage
 
@@ -25,6 +26,7 @@ OPERATIONS: list[Operation] = [
     *models.OPERATIONS,
     *openai.OPERATIONS,
     *inspect.OPERATIONS,
+    *metrics.OPERATIONS,
     *docs.OPERATIONS,
 ]
 
@@ -49,6 +51,8 @@ def build(service: Service, models: Models, storage: Storage) -> ASGIApp:
     app.state.models = models
     app.state.storage = storage
     app.state.openapi = document
+    app.state.metrics = figures = Metrics(service.fleet)
+    service.fleet.observers.append(figures)
     guarded = KeyGuard(app, settings.api_keys)
     read = BodyGuard(guarded, settings.max_body_bytes, settings.body_timeout_seconds)
-    return RequestId(read)
+    return RequestId(Metered(read, figures))
