@@ -8,6 +8,10 @@ comes with the supervisor's death however it died.
 import os
 import select
 import signal
+import time
+
+GRACE_SECONDS = 1.0
+"""The worker sees the same end and exits by itself, unless it cannot."""
 
 
 def start(read_fd: int, write_fd: int) -> None:
@@ -23,4 +27,5 @@ def start(read_fd: int, write_fd: int) -> None:
     waiting = select.poll()
     waiting.register(read_fd, 0)  # nothing but the end is reported
     waiting.poll()
+    time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
