@@ -5,7 +5,9 @@ takes `slowdown(n)` steps of one row. So a job of w seconds that joins jobs with
 left each is done after w + MARGINAL_ROW * sum(min(r, w)), and one that has to wait for a
 place after what is ahead of it. The swap, where the model is not there, comes on top, and
 the least expected completion wins: the worker that holds the model does, until what is
-ahead there exceeds a swap; then the model gains a second home.
+ahead there exceeds a swap; then the model gains a second home. While other jobs wait, a
+swap also counts for what it takes from each of them: its share of all the workers' time.
+Without that, a busy fleet spends itself on swaps (docs/placement.md has the figures).
 """
 
 import enum
@@ -69,7 +71,9 @@ class Placed(msgspec.Struct, frozen=True):
 class _Load:
     """A worker while a plan is made: what it will have once the plan is carried out."""
 
-    def __init__(self, view: WorkerView) -> None:
+    def __init__(self, view: WorkerView, others: float) -> None:
+        self.others = others
+        """Jobs that wait beside the one in question, per worker."""
         self.id = view.id
         self.capacity = view.capacity
         self.resident = set(view.resident)
@@ -84,8 +88,11 @@ class _Load:
     def takes_now(self, job: JobView) -> bool:
         return not self.is_full and not (job.alone and self.running)
 
+    def swap_seconds(self, job: JobView) -> float:
+        return 0.0 if job.model in self.resident else job.swap_seconds
+
     def own_seconds(self, job: JobView) -> float:
-        return job.work_seconds + (0.0 if job.model in self.resident else job.swap_seconds)
+        return job.work_seconds + self.swap_seconds(job)
 
     def completion_seconds(self, job: JobView) -> float:
         own = self.own_seconds(job)
@@ -95,9 +102,10 @@ class _Load:
         return max((sum(self.running) + sum(self.waiting) + own) * share, own)
 
     def rank(self, job: JobView) -> tuple[float, int, int]:
-        """Least first: completion, then emptiness, so that models spread out."""
+        """Least first: completion and what the swap costs others, then emptiness."""
+        seconds = self.completion_seconds(job) + self.others * self.swap_seconds(job)
         crowd = len(self.resident) + len(self.running) + len(self.waiting)
-        return (round(self.completion_seconds(job), 3), crowd, self.id)
+        return (round(seconds, 3), crowd, self.id)
 
     def add(self, job: JobView) -> bool:
         """Plans the job here; true when it can go at once."""
@@ -110,12 +118,12 @@ class _Load:
 
 def plan(jobs: Sequence[JobView], workers: Sequence[WorkerView]) -> list[Placed]:
     """Places queued jobs, given in the order in which they should be served."""
-    return list(_placed(jobs, [_Load(worker) for worker in workers]))
+    return list(_placed(jobs, _loads(jobs, workers)))
 
 
 def dispatches(jobs: Sequence[JobView], workers: Sequence[WorkerView]) -> list[tuple[str, int]]:
     """The jobs that can go at once, with their workers; looks no further than it must."""
-    loads = [_Load(worker) for worker in workers]
+    loads = _loads(jobs, workers)
     going: list[tuple[str, int]] = []
     if not all(load.is_full for load in loads):
         for placed in _placed(jobs, loads):
@@ -124,6 +132,11 @@ def dispatches(jobs: Sequence[JobView], workers: Sequence[WorkerView]) -> list[t
             if all(load.is_full for load in loads):
                 break
     return going
+
+
+def _loads(jobs: Sequence[JobView], workers: Sequence[WorkerView]) -> list[_Load]:
+    others = max(len(jobs) - 1, 0) / max(len(workers), 1)
+    return [_Load(worker, others) for worker in workers]
 
 
 def _placed(jobs: Sequence[JobView], loads: Sequence[_Load]) -> Iterator[Placed]:
