@@ -77,21 +77,15 @@ def encoded(
     """
     file = io.BytesIO()
     texts = texts or {}
+    default = {"jpeg": JPEG_QUALITY, "webp": WEBP_QUALITY}.get(output_format)
+    chosen = default if quality is None else quality
     match output_format:
         case "png":
             picture.save(file, "PNG", compress_level=1, pnginfo=_png_texts(texts))
         case "jpeg":
-            picture.convert("RGB").save(
-                file, "JPEG", quality=JPEG_QUALITY if quality is None else quality, exif=_exif(texts)
-            )
+            picture.convert("RGB").save(file, "JPEG", quality=chosen, exif=_exif(texts))
         case "webp":
-            picture.save(
-                file,
-                "WEBP",
-                quality=WEBP_QUALITY if quality is None else quality,
-                method=0,
-                exif=_exif(texts),
-            )
+            picture.save(file, "WEBP", quality=chosen, method=0, exif=_exif(texts))
     return file.getvalue()
 
 
