@@ -76,6 +76,8 @@ def singles(model_dir: Path, changed: Path, tmp_path_factory: pytest.TempPathFac
     sidecar = {"family": "sd21", "prediction_type": "epsilon"}
     (root / "checkpoints/sd21_base.safetensors.json").write_text(json.dumps(sidecar))
     shutil.copytree(folders / "sd15", root / "checkpoints" / "folder")
+    told = shutil.copytree(folders / "sd21", root / "checkpoints" / "told")
+    (told / "igi.json").write_text(json.dumps({"prediction_type": "epsilon"}))
     for family in ARCHITECTURES:
         single_file.copy_configs(folders / family, root / "configs" / family)
     for family, layout in VAES:
@@ -158,6 +160,12 @@ def test_what_a_model_predicts_is_told_by_a_sidecar_or_by_marks_in_its_file(
     assert not np.array_equal(pixels(drawn(usual, 5, **PLAIN)), pixels(drawn(pipe, 5, **PLAIN)))
 
 
+def test_a_folders_sidecar_too_tells_what_its_model_predicts(
+    server: RunningServer, changed: Path
+) -> None:
+    assert_same(server, "told", stock(changed / "sd21_base", base_of("sd21")), PLAIN)
+
+
 def test_an_inpainting_checkpoint_has_more_channels_than_its_configuration(
     server: RunningServer, changed: Path
 ) -> None:
@@ -221,6 +229,8 @@ def test_a_lora_is_merged_into_a_single_file_as_into_its_folder(
     assert np.array_equal(pixels(one), pixels(two))
     without = over_http(server, "sd15.safetensors", kind, asked)[0]
     assert not np.array_equal(pixels(one), pixels(without))
+    pipe = stock(singles / "checkpoints/folder", kind)
+    assert np.array_equal(pixels(without), pixels(drawn(pipe, 5, **PLAIN))), "it stays merged"
 
 
 def test_a_single_file_is_loaded_shown_and_unloaded_by_name(server: RunningServer) -> None:
