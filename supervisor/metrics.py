@@ -4,6 +4,7 @@ Listens to the fleet and to every HTTP answer; gauges are read when they are ask
 Every label takes few values: routes as templates, codes of the catalogue, worker ids.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable
 
@@ -123,7 +124,9 @@ class Gauges(Collector):
                 states.add_metric([str(worker.id), state], worker.state is state)
             for kind in ("total", "used", "free") if worker.memory else ():
                 memory.add_metric([str(worker.id), kind], getattr(worker.memory, kind))
-        return [queued, running, states, memory]
+        tasks = GaugeMetricFamily("igi_tasks", "Tasks of the supervisor's event loop")
+        tasks.add_metric([], len(asyncio.all_tasks()))
+        return [queued, running, states, memory, tasks]
 
 
 class Metered:
