@@ -25,7 +25,7 @@ def render(results: Results) -> str:
 
 
 def _mark(passed: bool | None) -> str:
-    return {None: "–", True: "✓", False: "✗"}[passed]
+    return {None: "-", True: "✓", False: "✗"}[passed]
 
 
 def shown() -> str:

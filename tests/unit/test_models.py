@@ -19,6 +19,12 @@ from tests.tools.weights import files, safetensors
 LORA = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_A.weight": (4, 768)}
 
 
+@pytest.fixture(autouse=True)
+def no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo that comes with the project is no part of these folders."""
+    monkeypatch.setattr(models_module, "DEMO_DIR", tmp_path / "no_demo")
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "models"
