@@ -6,6 +6,7 @@ heavy before the environment keeps the model libraries off the network.
 
 import argparse
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -62,6 +63,8 @@ def main() -> NoReturn:
     die_with_parent(given.parent)
     guard.start(given.read_fd, given.write_fd)
     os.environ.update(OFFLINE)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("gpu_worker").setLevel(logging.INFO)  # the supervisor reads standard error
 
     def make_runner(start: Start, send: loop.Send) -> loop.Runner:
         from gpu_worker.runner import BatchingRunner
