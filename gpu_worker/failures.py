@@ -113,8 +113,8 @@ def speakable(error: BaseException) -> str:
 
 
 def blamed(text: str, parameters: Collection[str]) -> str | None:
-    """The first of `parameters` that a complaint names."""
-    words = re.findall(r"[A-Za-z_][A-Za-z_0-9]*", text)
+    """The first of `parameters` that a complaint names, `set_timesteps` for timesteps too."""
+    words = (word.removeprefix("set_") for word in re.findall(r"[A-Za-z_][A-Za-z_0-9]*", text))
     return next((word for word in words if word in parameters), None)
 
 

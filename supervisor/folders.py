@@ -142,7 +142,7 @@ def check_component(
             raise InvalidModel("it lacks " + ", ".join(prefix + name for name in missing))
         read_json(folder, prefix + "tokenizer_config.json", files)
         return None
-    if class_name.endswith(("Processor", "ProcessorFast", "FeatureExtractor")):
+    if "Processor" in class_name or class_name.endswith("FeatureExtractor"):
         read_json(folder, prefix + "preprocessor_config.json", files)
         return None
     if class_name.endswith("Scheduler"):

@@ -93,5 +93,5 @@ def test_a_control_picture_of_another_size_is_fitted_as_stock_does(
 
 def test_controlnets_are_listed(served: RunningServer) -> None:
     families = ("sd15", "sd21", "sdxl")
-    listed = served.client.get("/controlnet").json()
-    assert listed == [f"{family}-{letter}" for family in families for letter in "ab"]
+    names = {f"{family}-{letter}" for family in families for letter in "ab"}
+    assert names <= set(served.client.get("/controlnet").json())

@@ -84,4 +84,4 @@ def test_a_checkpoint_loaded_with_a_vae_is_told_in_placement(served: RunningServ
 
 
 def test_vaes_are_listed(served: RunningServer) -> None:
-    assert served.client.get("/vae").json() == ["sd15", "sd21", "sdxl"]
+    assert {"sd15", "sd21", "sdxl"} <= set(served.client.get("/vae").json())

@@ -13,15 +13,15 @@ import transformers
 
 from tests.tools import tiny
 
+LETTERS = "▁abcdefghijklmnopqrstuvwxyz"
+PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", *LETTERS]
 CLIP = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4}
 
 
 def letters() -> transformers.T5Tokenizer:
     """A T5 tokenizer that knows single letters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -5.0)]
-    return transformers.T5Tokenizer(
-        vocab=pieces + [(letter, -1.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"]
-    )
+    return transformers.T5Tokenizer(vocab=pieces + [(letter, -1.0) for letter in LETTERS])
 
 
 def t5() -> transformers.T5EncoderModel:
@@ -39,7 +39,10 @@ def clip(projects: bool = False) -> Any:
         **CLIP,
     )
     kind = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
-    return kind(config).eval()
+    encoder = kind(config).eval()
+    # Only training makes tokens weigh more than positions; without it all prompts look alike.
+    tiny.scale(encoder.get_input_embeddings(), 128)
+    return encoder
 
 
 def flow_vae(channels: int) -> Any:
@@ -120,6 +123,104 @@ def pixart() -> Any:
     )
 
 
+def sana() -> Any:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    gemma = transformers.Gemma2Config(vocab_size=len(PIECES), **heads, **sizes)
+    return diffusers.SanaPipeline(
+        tokenizer=transformers.GemmaTokenizer(
+            vocab={piece: number for number, piece in enumerate(PIECES)}, merges=[]
+        ),
+        text_encoder=transformers.Gemma2Model(gemma).eval(),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_qkv_multiscales=((), (5,)),
+            decoder_qkv_multiscales=((), (5,)),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=0.41407,
+        ),
+        transformer=diffusers.SanaTransformer2DModel(
+            patch_size=1,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=4,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=4,
+            cross_attention_dim=8,
+            caption_channels=8,
+            sample_size=32,
+        ),
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
+def transformer_of_classes() -> Any:
+    """A DiT, which draws numbered classes instead of a text."""
+    return diffusers.DiTPipeline(
+        transformer=diffusers.DiTTransformer2DModel(
+            sample_size=8,
+            num_layers=2,
+            patch_size=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            in_channels=4,
+            out_channels=8,
+            num_embeds_ada_norm=1000,
+        ),
+        vae=diffusers.AutoencoderKL(),
+        scheduler=diffusers.DDIMScheduler(),
+    )
+
+
+def deep_floyd() -> Any:
+    """Text to pixels, without a VAE."""
+    return diffusers.IFPipeline(
+        tokenizer=letters(),
+        text_encoder=t5(),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=32,
+            in_channels=3,
+            out_channels=6,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            cross_attention_dim=32,
+            encoder_hid_dim=32,
+            attention_head_dim=8,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            resnet_time_scale_shift="scale_shift",
+            act_fn="gelu",
+        ),
+        scheduler=diffusers.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            variance_type="learned_range",
+            thresholding=True,
+            sample_max_value=1.5,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+
+
 def pixels() -> Any:
     unet = diffusers.UNet2DModel(
         sample_size=16,
@@ -130,6 +231,15 @@ def pixels() -> Any:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     return diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
+
+
+def prior() -> Any:
+    """From a text's embedding to a picture's; without the training's spread all are zero."""
+    made = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=12, embedding_dim=32, num_layers=1
+    )
+    torch.nn.init.ones_(made.clip_std)
+    return made
 
 
 def kandinsky() -> Any:
@@ -163,9 +273,7 @@ def kandinsky() -> Any:
             num_vq_embeddings=12,
             vq_embed_dim=4,
         ),
-        prior_prior=diffusers.PriorTransformer(
-            num_attention_heads=2, attention_head_dim=12, embedding_dim=32, num_layers=1
-        ),
+        prior_prior=prior(),
         prior_image_encoder=transformers.CLIPVisionModelWithProjection(vision).eval(),
         prior_text_encoder=clip(projects=True),
         prior_tokenizer=tiny.tokenizer("sd15", 0),
@@ -179,8 +287,16 @@ def kandinsky() -> Any:
 SIZE = {"width": 64, "height": 64, "prompt": "a cat", "num_inference_steps": 3}
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FluxPipeline": (flux, SIZE | {"max_sequence_length": 48}),
-    "StableDiffusion3Pipeline": (stable_diffusion_3, SIZE),
+    "StableDiffusion3Pipeline": (stable_diffusion_3, SIZE | {"max_sequence_length": 48}),
     "PixArtSigmaPipeline": (pixart, SIZE | {"use_resolution_binning": False}),
+    "SanaPipeline": (
+        sana,
+        SIZE
+        | {"use_resolution_binning": False, "max_sequence_length": 16}
+        | {"complex_human_instruction": ["draw"]},
+    ),
+    "DiTPipeline": (transformer_of_classes, {"class_labels": [207], "num_inference_steps": 3}),
+    "IFPipeline": (deep_floyd, SIZE | {"width": 32, "height": 32}),
     "DDPMPipeline": (pixels, {"num_inference_steps": 3}),
     "KandinskyV22CombinedPipeline": (kandinsky, SIZE | {"prior_num_inference_steps": 2}),
 }
