@@ -4,6 +4,7 @@ Knows when things happen and tells the fleet; decides nothing itself.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -157,29 +158,27 @@ class Lives:
 
     async def _receive(self, worker: Worker, process: WorkerProcess, heard: anyio.Event) -> None:
         """Passes messages on until the worker's end is closed or talks nonsense."""
-        reason = "closed its pipe and lived on"
+        reason = "stopped within a frame"
         try:
-            while True:
-                self._fleet.received(worker, await _next_message(process))
+            with anyio.CancelScope() as frame:  # one for all frames: a scope is dear
+                while True:
+                    length = await process.channel.receive_length()
+                    frame.deadline = anyio.current_time() + FRAME_SECONDS
+                    message = await process.channel.receive_payload(length)
+                    frame.deadline = math.inf
+                    self._fleet.received(worker, message)
         except PeerGone:
             heard.set()
+            reason = "closed its pipe and lived on"
             await anyio.sleep(LAST_WORDS_SECONDS)  # an exit is the better explanation
         except ProtocolError as error:
             reason = f"broke the protocol: {error}"
             log.warning("broken frame", extra={"worker": worker.id, "reason": str(error)})
-        except TimeoutError:
-            reason = "stopped within a frame"
         except Exception:  # a defect here must not take every worker with it
             reason = "was given up after a defect in the supervisor"
             log.exception("cannot handle a message", extra={"worker": worker.id})
         heard.set()
         self._fleet.protocol_broken(worker, reason)
-
-
-async def _next_message(process: WorkerProcess) -> messages.FromWorker:
-    length = await process.channel.receive_length()
-    with anyio.fail_after(FRAME_SECONDS):
-        return await process.channel.receive_payload(length)
 
 
 def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[str, str]:
