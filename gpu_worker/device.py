@@ -11,6 +11,7 @@ import transformers
 from ipc.messages import PROTOCOL_VERSION, Memory, Ready, Start
 
 CPU_SHARE = 0.5
+HOST_SHARE = 0.5
 CUDA_SHARE = 0.85
 PACKAGES = {
     "torch": "torch",
@@ -35,6 +36,13 @@ def budget_bytes(start: Start) -> int:
         return start.device_memory_bytes
     share = CPU_SHARE if start.device == "cpu" else CUDA_SHARE
     return int(memory(start).total * share)
+
+
+def host_bytes(start: Start) -> int:
+    """Bytes of files to keep mapped and registered: as asked, else half of the host's memory."""
+    if start.host_memory_bytes is not None:
+        return start.host_memory_bytes
+    return int(psutil.virtual_memory().total * HOST_SHARE)
 
 
 def memory(start: Start) -> Memory:

@@ -124,13 +124,18 @@ def load_part(folder: Path, kind: type[Any], dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def load_module(folder: Path, dtype: torch.dtype) -> Any:
-    """A model that stands alone, such as a VAE or a ControlNet: its class is in its config.json."""
+def module_class(folder: Path) -> type[Any]:
+    """Of a model that stands alone, such as a VAE or a ControlNet: its config.json names it."""
     class_name = str(read_json(folder / "config.json").get("_class_name"))
     kind = part_class("diffusers", class_name)
     if not issubclass(kind, ModelMixin):
         raise BrokenModel(f"its config.json names {class_name!r}, which is no model")
-    return load_part(folder, kind, dtype)
+    return kind
+
+
+def load_module(folder: Path, dtype: torch.dtype) -> Any:
+    """A model that stands alone. Raises BrokenModel."""
+    return load_part(folder, module_class(folder), dtype)
 
 
 def variant(folder: Path, dtype: torch.dtype) -> str | None:

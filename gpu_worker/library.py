@@ -5,19 +5,17 @@ Knows paths, bytes and who uses what; knows no requests. One thread uses it.
 
 import contextlib
 import functools
-import gc
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPImageProcessor
 
-from gpu_worker import folders, single_files
-from gpu_worker.adapters import AdapterState, Wanted
+from gpu_worker import adapters, folders, single_files
+from gpu_worker.adapters import AdapterState
 from gpu_worker.failures import (
     JobCancelled,
     MemoryShort,
@@ -26,12 +24,16 @@ from gpu_worker.failures import (
     is_out_of_memory,
 )
 from gpu_worker.folders import BrokenModel
+from gpu_worker.host_tier import HostTier
 from gpu_worker.lora_files import Lora, LoraFiles
-from gpu_worker.vaes import pipeline_upcasts, settled
+from gpu_worker.modules import Modules, Wanted
+from gpu_worker.recipes import Recipe, Recipes, existing_folder, folder_bytes
 from ipc.messages import Model, Resident
 
 Kind = Literal["checkpoint", "vae", "controlnet", "safety_checker"]
 Nothing = Callable[[], None]
+
+HOST_BYTES = 16 * 2**30
 
 ADAPTED = ("unet", "text_encoder", "text_encoder_2")
 FIELDS: dict[Kind, str] = {
@@ -58,6 +60,8 @@ class Holding:
     users: int = 0
     loras: tuple[str, ...] = ()
     """The names of the LoRAs that are merged into a checkpoint."""
+    recipe: Recipe | None = None
+    """What a checkpoint was made of."""
 
     @property
     def module(self) -> Any:
@@ -68,7 +72,9 @@ class Holding:
     def adapters(self) -> AdapterState:
         """What is merged into a checkpoint's modules."""
         modules = {name: self.parts[name] for name in ADAPTED if self.parts.get(name) is not None}
-        return AdapterState(self.model.name, modules)
+        if self.recipe is None:
+            return AdapterState(self.model.name, modules)
+        return AdapterState(self.model.name, modules, self.recipe.original)
 
     def clear(self) -> None:
         """Lets go of the modules."""
@@ -80,13 +86,21 @@ class Library:
     """Holds models on one device within `budget_bytes`; `changed` is called when that changes."""
 
     def __init__(
-        self, device: str, dtype: torch.dtype, budget_bytes: int, changed: Nothing
+        self,
+        device: str,
+        dtype: torch.dtype,
+        budget_bytes: int,
+        changed: Nothing,
+        host_bytes: int = HOST_BYTES,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self.budget_bytes = budget_bytes
         self._changed = changed
         self._loras = LoraFiles()
+        host = HostTier(device, host_bytes)
+        self._modules = Modules(device, dtype, host)
+        self._recipes = Recipes(self._modules, host, dtype, device)
         self._held: dict[Hashable, Holding] = {}
 
     @contextlib.contextmanager
@@ -133,7 +147,7 @@ class Library:
             detail = f"cannot load {model.name!r}: it is not there any more"
             raise Refusal("unknown_model", detail, "loras") from error
 
-    def adapt(self, checkpoint: Holding, wanted: Wanted) -> None:
+    def adapt(self, checkpoint: Holding, wanted: adapters.Wanted) -> None:
         """Merges exactly these LoRAs into a checkpoint's weights. Raises Refusal."""
         if checkpoint.adapters.ensure(wanted):
             checkpoint.loras = tuple(lora.name for lora, _ in wanted)
@@ -145,24 +159,21 @@ class Library:
         idle = [holding for holding in held if not holding.users]
         for holding in idle:
             self._drop(holding)
-        if idle:
+            self._recipes.forget(path)
+        self._modules.free()
+        known = bool(idle) or (not held and self._recipes.forget(path))
+        if known:
             self._changed()
-        return bool(idle)
+        return known
 
     def residents(self) -> list[Resident]:
-        return [
-            Resident(
-                checkpoint=holding.model.name,
-                path=holding.model.path,
-                family=holding.model.family,
-                vae=holding.vae,
-                loras=list(holding.loras),
-                tier="device",
-                bytes=holding.bytes,
-                last_used=holding.last_used,
-            )
-            for holding in self._held.values()
-            if holding.kind == "checkpoint"
+        """The checkpoints on the device, then those whose files are mapped for it on the host."""
+        there = [held for held in self._held.values() if held.kind == "checkpoint"]
+        paths = {holding.model.path for holding in there}
+        # A CPU has no tier of its own: what its file's pages hold is the system's affair.
+        beside = [] if self.device == "cpu" else self._recipes.held()
+        return [_on_device(holding) for holding in there] + [
+            _on_host(recipe) for recipe in beside if recipe.model.path not in paths
         ]
 
     def drop_idle(self) -> bool:
@@ -170,6 +181,7 @@ class Library:
         idle = [held for held in self._held.values() if not held.users]
         for holding in idle:
             self._drop(holding)
+        self._modules.free()
         self._changed()
         return bool(idle)
 
@@ -187,71 +199,62 @@ class Library:
         return self._held[key]
 
     def _read_checkpoint(self, model: Model, step: Nothing) -> Holding:
-        file = single_files.SingleFile(model) if model.single_file else None
-        root = _existing_folder(model) if file is None else file.config
-        index = folders.read_json(root / folders.PIPELINE_INDEX)
-        listed = folders.parts(index)
-        left = folders.LOADED_ON_REQUEST if file is None else single_files.NOT_HELD
-        wanted = {name: part for name, part in listed.items() if part and name not in left}
-        kinds = {name: folders.part_class(*part) for name, part in wanted.items()}
-        parts = [root / name for name in wanted]
-        size = self._folder_bytes(*parts) if file is None else file.bytes(self.dtype)
-        self._make_room(size, model)
-        held: dict[str, Any] = dict.fromkeys(listed) | folders.scalars(index)
-        pipeline = str(index.get("_class_name"))
-        for name, kind in kinds.items():
-            step()
-            if file is None:
-                held[name] = self._placed(folders.load_part(root / name, kind, self.dtype))
-            else:
-                held[name] = file.load_part(name, kind, self.dtype, self.device)
-        if "scheduler" in kinds:
+        recipe = self._recipes.checkpoint(model)
+        self._make_room(recipe.bytes, model)
+        missing = {name: part for name, part in recipe.wanted.items() if name not in recipe.small}
+        made = self._made(missing, step)
+        for name, part in made.items():
+            if not isinstance(part, torch.nn.Module):
+                recipe.small[name] = part
+        if "scheduler" in made:
             told = model.prediction_type
-            held["scheduler"] = single_files.with_prediction_type(held["scheduler"], told)
-        if "vae" in kinds and pipeline_upcasts(pipeline):
-            held["vae"] = settled(held["vae"])
-        return Holding(model, "checkpoint", held, size, pipeline)
+            changed = single_files.with_prediction_type(made["scheduler"], told)
+            recipe.small["scheduler"] = changed
+        parts = recipe.settings | made | recipe.small
+        return Holding(model, "checkpoint", parts, recipe.bytes, recipe.pipeline, recipe=recipe)
+
+    def _made(self, wanted: dict[str, Wanted], step: Nothing) -> dict[str, Any]:
+        """All parts; whatever is raised, no spare storage is left."""
+        held = {}
+        self._modules.reserve(wanted.values())
+        try:
+            for name, part in wanted.items():
+                step()
+                held[name] = self._modules.make(part)
+        finally:
+            self._modules.reserve(())
+        return held
 
     def _read_module(self, model: Model, kind: Kind, upcasts: bool = False) -> Holding:
         if model.single_file:
-            plan = single_files.module_plan(model, kind)
+            plan = single_files.module_plan(model, kind, self._recipes.weights(model))
             size = single_files.tensor_bytes(plan.weights, self.dtype)
-            self._make_room(size, model)
-            module = single_files.built(plan, self.dtype, self.device)
+            wanted = self._modules.of_file(plan, upcasts)
         else:
-            root = _existing_folder(model)
-            size = self._folder_bytes(root)
-            self._make_room(size, model)
-            module = self._placed(folders.load_module(root, self.dtype))
-        parts = {"module": settled(module) if upcasts else module}
-        return Holding(model, kind, parts, size)
+            root = existing_folder(model)
+            size = folder_bytes(self.dtype, root)
+            wanted = self._modules.of_folder(root, folders.module_class(root), upcasts)
+        self._make_room(size, model)
+        return Holding(model, kind, self._made({"module": wanted}, lambda: None), size)
 
     def _read_safety_checker(self, model: Model) -> Holding:
-        root = _existing_folder(model)
-        size = self._folder_bytes(root)
+        root = existing_folder(model)
+        size = folder_bytes(self.dtype, root)
         self._make_room(size, model)
-        checker = folders.load_part(root, StableDiffusionSafetyChecker, self.dtype)
         # Within a checkpoint its pictures are prepared as the folder beside it says.
         beside = root.parent / "feature_extractor"
         extractor = next(
             (each for each in (root, beside) if (each / "preprocessor_config.json").is_file()), None
         )
-        parts = {
-            "module": self._placed(checker),
-            "feature_extractor": CLIPImageProcessor()
+        parts = self._made(
+            {"module": self._modules.of_folder(root, StableDiffusionSafetyChecker)}, lambda: None
+        )
+        parts["feature_extractor"] = (
+            CLIPImageProcessor()
             if extractor is None
-            else folders.load_part(extractor, CLIPImageProcessor, self.dtype),
-        }
+            else folders.load_part(extractor, CLIPImageProcessor, self.dtype)
+        )
         return Holding(model, "safety_checker", parts, size)
-
-    def _placed(self, part: Any) -> Any:
-        return part.to(self.device) if isinstance(part, torch.nn.Module) else part
-
-    def _folder_bytes(self, *parts: Path) -> int:
-        """What some parts will take, once it is known that they are safetensors."""
-        for part in parts:
-            folders.refuse_other_weights(part)
-        return sum(folders.weights_bytes(part, self.dtype) for part in parts)
 
     def _make_room(self, size: int, model: Model) -> None:
         """Drops as much as so many bytes need. Raises MemoryShort."""
@@ -262,7 +265,9 @@ class Library:
                     f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
                     f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights"
                 )
-            self._drop(min(idle, key=lambda holding: holding.last_used))
+            oldest = min(idle, key=lambda holding: holding.last_used)
+            self._modules.spare(oldest.parts)
+            self._drop(oldest)
             self._changed()
 
     def _total_bytes(self) -> int:
@@ -273,10 +278,35 @@ class Library:
         if holding.kind == "vae":
             for held in self._held.values():
                 held.vae = None if held.vae == holding.model.name else held.vae
+        if holding.recipe is not None:
+            holding.recipe.last_used = holding.last_used
         holding.clear()
-        gc.collect()
-        if self.device != "cpu":
-            torch.cuda.empty_cache()
+
+
+def _on_device(holding: Holding) -> Resident:
+    return Resident(
+        checkpoint=holding.model.name,
+        path=holding.model.path,
+        family=holding.model.family,
+        vae=holding.vae,
+        loras=list(holding.loras),
+        tier="device",
+        bytes=holding.bytes,
+        last_used=holding.last_used,
+    )
+
+
+def _on_host(recipe: Recipe) -> Resident:
+    return Resident(
+        checkpoint=recipe.model.name,
+        path=recipe.model.path,
+        family=recipe.model.family,
+        vae=None,
+        loras=[],
+        tier="host",
+        bytes=recipe.bytes,
+        last_used=recipe.last_used,
+    )
 
 
 @contextlib.contextmanager
@@ -298,12 +328,3 @@ def _said_of(kind: Kind, model: Model) -> Iterator[None]:
             raise
         detail = f"cannot load {model.name!r}: its files do not fit together or are broken"
         raise Refusal("invalid_model", detail, field) from error
-
-
-def _existing_folder(model: Model) -> Path:
-    root = Path(model.path)
-    root.stat()
-    if not root.is_dir():
-        detail = f"cannot load {model.name!r}: it is a file, not a Diffusers folder"
-        raise Refusal("invalid_model", detail)
-    return root

@@ -3,6 +3,7 @@
 Owns the thread that touches the device. Everything else comes to it through an inbox.
 """
 
+import gc
 import os
 import queue
 import sys
@@ -12,12 +13,14 @@ import traceback
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, assert_never
 
 import torch
 
-from gpu_worker import device, failures, images, models, pipelines
+from gpu_worker import compilers, device, failures, images, models, pipelines
 from gpu_worker.company import needs_to_be_alone
+from gpu_worker.compilers import Compiler
 from gpu_worker.engine import Engine, Task
 from gpu_worker.failures import JobCancelled
 from gpu_worker.forwards import Forwards
@@ -49,11 +52,15 @@ class BatchingRunner:
         self._jobs: dict[str, Job] = {}
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, "encode")
+        self._compiler = compiler(start)
         self._loader = Loader(self._made_library)
         memory = None if start.device == "cpu" else CudaMemory(torch.device(start.device))
-        forwards = Forwards(Limits(memory=memory), evict=self._evict)
+        limits = Limits(buckets=self._compiler.buckets, memory=memory)
+        forwards = Forwards(limits, execute=self._compiler.run, evict=self._evict)
         self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
         device.quiet_libraries()
+        # What was imported never becomes garbage: no collection has to look at it again.
+        gc.freeze()
         send(device.ready(start, CAPACITY))
         self._loader.call(self._tell_residency).result()
         threading.Thread(target=self._run, name="device", daemon=True).start()
@@ -228,16 +235,26 @@ class BatchingRunner:
         os._exit(EXIT_FATAL)
 
     def _evict(self) -> bool:
+        """The order in which things give way: graphs, then idle models; then batches are cut."""
+        if self._compiler.give_way():
+            return True
         return self._loader.call(self._loader.library.drop_idle).result()
 
     def _made_library(self) -> Library:
         start = self._start
         budget = device.budget_bytes(start)
-        return Library(start.device, device.dtype(start), budget, self._tell_residency)
+        dtype, host = device.dtype(start), device.host_bytes(start)
+        return Library(start.device, dtype, budget, self._tell_residency, host)
 
     def _tell_residency(self) -> None:
         models = self._loader.library.residents()
         self._send(Residency(models=models, memory=device.memory(self._start)))
+
+
+def compiler(start: Start) -> Compiler:
+    """Raises CannotCompile."""
+    cache = None if start.cache_dir is None else Path(start.cache_dir) / "inductor"
+    return compilers.build(start.compile_backend, start.cuda_graph, start.device, cache)
 
 
 def claims(work: Generate) -> dict[Hashable, Hashable]:

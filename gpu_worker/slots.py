@@ -144,13 +144,12 @@ class Spares:
         held = self._held.get(signature)
         return held.pop() if held else None
 
-    def keep_only(self, wanted: Iterable[Hashable]) -> None:
-        """Lets go of what is of no use for these, one each, so that its memory is free."""
+    def keep_only(self, wanted: Iterable[Hashable]) -> bool:
+        """Lets go of what is of no use for these, one each. Whether there was any such."""
         kept: dict[Hashable, list[nn.Module]] = {}
         for each in wanted:
             if (module := self.take(each)) is not None:
                 kept.setdefault(each, []).append(module)
+        useless = any(self._held.values())
         self._held = kept
-
-    def clear(self) -> None:
-        self._held.clear()
+        return useless

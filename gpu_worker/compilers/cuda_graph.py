@@ -105,6 +105,8 @@ class CudaGraphs:
 
     def give_way(self) -> bool:
         had = self.graphs > 0
+        # All is forgotten, so that what runs next runs without a graph.
+        self._entries.clear()
         self._drop_graphs()
         return self._inner.give_way() or had
 

@@ -137,7 +137,8 @@ def test_spares_are_taken_once_and_dropped_when_they_are_of_no_use() -> None:
     spares, wanted, unwanted = Spares(), torch.nn.Identity(), torch.nn.Identity()
     spares.put("wanted", wanted)
     spares.put("unwanted", unwanted)
-    spares.keep_only(["wanted", "wanted", "absent"])
+    assert spares.keep_only(["wanted", "wanted", "absent"])
+    assert not spares.keep_only(["wanted"])
     assert spares.take("unwanted") is None
     assert spares.take("wanted") is wanted
     assert spares.take("wanted") is None
