@@ -179,7 +179,7 @@ def test_whatever_a_worker_does_its_job_is_finished_elsewhere(
 def test_a_stopped_worker_is_replaced_and_probes_do_not_notice(
     server: RunningServer, tmp_path: Path, callers: ThreadPoolExecutor
 ) -> None:
-    work = callers.submit(server.generate, body(once(tmp_path, "stop step=2")))
+    work = callers.submit(server.generate, body(once(tmp_path, "stop step=2 step_seconds=0.3")))
     stopped = until_running(server)[0]["pid"]
     seconds = probes(server, work)
     assert work.result().json()["meta"]["attempts"] == 2
