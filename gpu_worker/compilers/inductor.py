@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -60,9 +61,10 @@ class Inductor:
         self._thread = ThreadPoolExecutor(1, "compile")
         self._calls: dict[Hashable, int] = {}
         self._made: dict[Hashable, Future[Code]] = {}
+        self._architectures: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
 
     def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
-        key = None if args or not worth_compiling(target) else _key(target, kwargs)
+        key = None if args or not worth_compiling(target) else self._key(target, kwargs)
         if key is None:
             return target.run
         made = self._made.get(key)
@@ -87,6 +89,15 @@ class Inductor:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _key(self, target: Target, kwargs: Arguments) -> Hashable:
+        """One for each architecture, method and shape, whichever module and however many rows."""
+        shape = shape_key(kwargs, with_rows=False)
+        if shape is None or target.module.training:
+            return None
+        if target.module not in self._architectures:
+            self._architectures[target.module] = _architecture(target)
+        return (self._architectures[target.module], target.method, shape)
+
     def _consider(self, key: Hashable, target: Target, kwargs: dict[str, Any]) -> None:
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         if calls < CALLS_BEFORE or len(self._made) >= MAX_COMPILED or target.layout is None:
@@ -95,16 +106,11 @@ class Inductor:
         self._made[key] = self._thread.submit(_compile, target, example, len(self._made))
 
 
-def _key(target: Target, kwargs: Arguments) -> Hashable:
-    """One for each architecture, method and shape, whichever module and however many rows."""
-    shape = shape_key(kwargs, with_rows=False)
-    if shape is None or target.module.training:
-        return None
-    config = getattr(target.module, "config", {})
-    weights = tuple(sorted((name, str(value)) for name, value in dict(config).items()
-                           if not name.startswith("_")))  # fmt: skip
-    dtype = next(target.module.parameters()).dtype
-    return (target.architecture, target.method, hash(weights), dtype, shape)
+def _architecture(target: Target) -> Hashable:
+    """Equal for modules that the same code can run."""
+    config = dict(getattr(target.module, "config", {}))
+    told = sorted((name, str(value)) for name, value in config.items() if name[:1] != "_")
+    return (target.architecture, tuple(told), next(target.module.parameters()).dtype)
 
 
 def _example(kwargs: Arguments, target: Target, layout: Layout) -> Arguments:
