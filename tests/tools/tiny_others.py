@@ -287,7 +287,10 @@ def kandinsky() -> Any:
 SIZE = {"width": 64, "height": 64, "prompt": "a cat", "num_inference_steps": 3}
 CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "FluxPipeline": (flux, SIZE | {"max_sequence_length": 48}),
-    "StableDiffusion3Pipeline": (stable_diffusion_3, SIZE | {"max_sequence_length": 48}),
+    "StableDiffusion3Pipeline": (
+        stable_diffusion_3,
+        SIZE | {"width": 32, "height": 32, "max_sequence_length": 48},
+    ),
     "PixArtSigmaPipeline": (pixart, SIZE | {"use_resolution_binning": False}),
     "SanaPipeline": (
         sana,
