@@ -18,7 +18,7 @@ from ipc import messages
 from ipc.channel import Codec, PeerGone, ProtocolError
 from supervisor import monitoring
 from supervisor.fleet import Fleet
-from supervisor.states import WorkerState
+from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
 from supervisor.worker_process import COMMAND, Exit, WorkerProcess
 
@@ -75,7 +75,7 @@ class Lives:
 
     async def _live(self, worker: Worker) -> None:
         while worker.state is not WorkerState.STOPPED:
-            if worker.state is WorkerState.STARTING:
+            if worker.state in LIVE_WORKER_STATES:
                 await self._one_life(worker)
             else:  # between two lives; the fleet's next tick may end the wait
                 await anyio.sleep(TICK_SECONDS)
@@ -84,7 +84,7 @@ class Lives:
         environ = environment(worker.device, self._environ, self._threads)
         if worker.device != "cpu":
             await self._memory_is_back(worker, environ["CUDA_VISIBLE_DEVICES"])
-        if worker.state is not WorkerState.STARTING:
+        if worker.state is not WorkerState.STARTING:  # told to stop before there was a process
             return self._fleet.spawn_failed(worker, "it was told to stop")
         try:
             process = await WorkerProcess.spawn(environ, self._codec, self._command)
