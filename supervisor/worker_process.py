@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -22,17 +21,16 @@ from ipc.channel import AsyncChannel, Codec
 from ipc.messages import FromWorker, ToWorker
 
 COMMAND = (sys.executable, "-m", "gpu_worker")
-LAST_LINES = 20
 MAX_LINE_BYTES = 4000
 PIPE_BYTES = 2**20
 REAP_SECONDS = 5.0
+REAP_POLL_SECONDS = 0.01
 
 
 class Exit(msgspec.Struct, frozen=True):
     """How a process ended: `code` is negative for a signal, as in the standard library."""
 
     code: int
-    lines: tuple[str, ...] = ()
 
     def in_words(self) -> str:
         if self.code >= 0:
@@ -44,7 +42,7 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 class WorkerProcess:
-    """A child that lives, its channel and its last lines of output."""
+    """A child that lives, and its channel."""
 
     def __init__(
         self, process: anyio.abc.Process, channel: AsyncChannel[ToWorker, FromWorker]
@@ -53,7 +51,6 @@ class WorkerProcess:
         self.channel = channel
         self.pid = process.pid
         self._group_ended = False
-        self._last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     @classmethod
     async def spawn(
@@ -110,14 +107,9 @@ class WorkerProcess:
                 if len(rest) > MAX_LINE_BYTES:
                     whole, rest = [*whole, rest], b""
                 for line in whole:
-                    yield self._remembered(line)
+                    yield _text(line)
         if rest:
-            yield self._remembered(rest)
-
-    def _remembered(self, line: bytes) -> str:
-        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
-        self._last_lines.append(text)
-        return text
+            yield _text(rest)
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -126,11 +118,21 @@ class WorkerProcess:
         self._signal(signal.SIGKILL)
 
     async def wait(self) -> Exit:
-        """Waits for the process to be reaped, then ends what is left of its group."""
-        code = await self._process.wait()
+        """Waits for the process to be reaped and ends what is left of its group.
+
+        The library's own wait also waits for the pipes, which a grandchild may hold.
+        """
+        with suppress(OSError):  # no such descriptors here, or reaped already
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                await anyio.wait_readable(descriptor)
+            finally:
+                os.close(descriptor)
+        while (code := self._process.returncode) is None:  # noqa: ASYNC110 - reaped by now
+            await anyio.sleep(REAP_POLL_SECONDS)
         self.kill()
         self._group_ended = True  # from now on the number may be somebody else's
-        return Exit(code, tuple(self._last_lines))
+        return Exit(code)
 
     async def end(self) -> None:
         """Kills what still lives and closes every descriptor."""
@@ -145,6 +147,10 @@ class WorkerProcess:
             return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
+
+
+def _text(line: bytes) -> str:
+    return line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
 
 
 def _enlarge(descriptor: int) -> None:

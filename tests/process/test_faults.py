@@ -237,6 +237,7 @@ def test_what_a_worker_started_ends_with_it(server: RunningServer, tmp_path: Pat
     holder = psutil.Process(grandchild).ppid()
     os.kill(holder, signal.SIGKILL)
     wait_until(lambda: not lives(grandchild), 10)
+    assert not any("closed its pipe" in last_exit for last_exit in exits(server))
 
 
 @pytest.mark.parametrize("fault", ["print bytes=3000000", "flood_stderr bytes=3000000"])
