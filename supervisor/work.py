@@ -139,9 +139,10 @@ class Work:
         if not self.queued:
             return
         ordered = self._ordered()
-        jobs = [job.view(self.estimates) for job in ordered]
-        for id, worker_id in placement.dispatches(jobs, self._views()):
-            self._send(self.queued.pop(id), self._workers[worker_id])
+        if any(len(worker.running) < worker.capacity for worker in self._ready()):
+            jobs = [job.view(self.estimates) for job in ordered]
+            for id, worker_id in placement.dispatches(jobs, self._views()):
+                self._send(self.queued.pop(id), self._workers[worker_id])
         waiting = [job for job in ordered if job.id in self.queued]
         for position, job in enumerate(waiting, 1):
             if job.position != position:
@@ -159,8 +160,10 @@ class Work:
         self._observers.tell(lambda observer: observer.job_dispatched(job, worker))
 
     def _views(self) -> list[placement.WorkerView]:
-        ready = [w for w in self._workers.values() if w.state is WorkerState.READY]
-        return [worker.view(self.estimates) for worker in ready]
+        return [worker.view(self.estimates) for worker in self._ready()]
+
+    def _ready(self) -> list[Worker]:
+        return [w for w in self._workers.values() if w.state is WorkerState.READY]
 
     def _plan(self, jobs: list[Job]) -> list[placement.Placed]:
         return placement.plan([job.view(self.estimates) for job in jobs], self._views())
