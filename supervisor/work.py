@@ -6,6 +6,7 @@ placement and suspects. Knows workers as what jobs run on, and nothing of their 
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import assert_never
 
 from ipc import messages
 from supervisor import admission, placement
@@ -100,7 +101,8 @@ class Work:
             return
         job.worker_lost(from_outside)
         self.queued[job.id] = job
-        match placement.after_death(job.deaths, job.killed_from_outside, suspicions):
+        verdict = placement.after_death(job.deaths, job.killed_from_outside, suspicions)
+        match verdict:
             case placement.Verdict.AGAIN:
                 log.info("job runs again", extra={"job": job.id, "request_id": job.request_id})
                 return
@@ -110,6 +112,8 @@ class Work:
             case placement.Verdict.WORKER_LOST:
                 detail = f"cannot go on: the worker was lost again: it {reason}"
                 problem = Problem("worker_lost", detail, retry_after=5)
+            case _:
+                assert_never(verdict)
         self.end(job, JobEvent.FAILED, Outcome(problem=problem))
 
     def workers_dwindled(self) -> None:

@@ -542,6 +542,7 @@ def test_workers_are_replaced_one_at_a_time() -> None:
     fake.fleet.restart()
     fake.fleet.restart()
     assert fake.states() == [DRAINING, READY]
+    assert fake.fleet.ready_workers() == [fake.worker(1)]
     replace_one(fake, 0)
     assert fake.states() == [READY, DRAINING]
     replace_one(fake, 1)
