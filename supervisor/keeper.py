@@ -170,5 +170,3 @@ class Keeper(Observer):
 
 def _name(record: Record, index: int) -> str:
     return f"{record.batch_id}-{index}.{EXTENSIONS[record.body.output_format]}"
-
-

@@ -39,9 +39,7 @@ def test_two_checkpoints_asked_in_turn_settle_on_a_worker_each(two: RunningServe
 def test_a_worker_killed_in_a_job_costs_no_picture(two: RunningServer) -> None:
     wanted = two.generate(body("sd15", steps=40)).raise_for_status().json()
     answers: list[httpx.Response] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(two.generate(body("sd15", steps=40)))
-    )
+    asking = threading.Thread(target=lambda: answers.append(two.generate(body("sd15", steps=40))))
     asking.start()
     wait_until(lambda: any(worker["running"] for worker in two.placement()))
     victim = next(worker for worker in two.placement() if worker["running"])
