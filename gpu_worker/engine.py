@@ -52,6 +52,9 @@ class Task:
     claims: Mapping[Hashable, Hashable] = field(default_factory=dict)
     memory_fallback: str | None = None
     """Set by the engine: the rung of the out-of-memory ladder that was needed last."""
+    forwards: int = 0
+    company: int = 0
+    """Set by the engine: its denoiser's forwards, and the pictures that shared them in all."""
     order: int = 0
     passed_over: int = 0
 
@@ -240,11 +243,18 @@ class Engine:
         calls = [body.call for body in chosen if body.call is not None]
         outcomes = self._forwards.run(calls) if calls else []
         for body, outcome in zip(chosen, outcomes, strict=True):
+            self._count(body, len(calls))
             self._resume(body, outcome)
         return bool(chosen)
 
     def _max_rows(self, body: Body) -> int:
         return 0 if body.call is None else self._forwards.max_rows(body.call)
+
+    def _count(self, body: Body, company: int) -> None:
+        layout = body.call.target.layout if body.call is not None else None
+        if layout is None or not layout.leads:
+            body.task.forwards += 1
+            body.task.company += company
 
     def _resume(self, body: Body, outcome: Outcome) -> None:
         body.call = None

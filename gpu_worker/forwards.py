@@ -4,7 +4,8 @@ A failure stays with the call that causes it: what runs out of memory is run aga
 in halves, anything else is run again call by call.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,8 +136,14 @@ class Forwards:
         except Exception as error:
             return Outcome(error=error)
 
+    def _last_resort(self, call: Call) -> Outcome:
+        with in_tiles(call.target.module) as tiled:
+            outcome = self._untouched(call)
+        return _through(outcome, "tiling" if tiled else "retried")
+
     def _in_less_memory(self, calls: Sequence[Call], error: Exception) -> list[Outcome]:
-        """The ladder: evict idle models, then halve the batch, down to a single row."""
+        """The ladder: evict idle models, then halve the batch, down to a single row, which a
+        VAE does in tiles and anything else once more."""
         if self.evict():
             return [_through(outcome, "evicted") for outcome in self.run(calls)]
         self.limits.refuse(calls[0].shape, sum(call.rows for call in calls))
@@ -146,13 +153,26 @@ class Forwards:
             return [_through(outcome, "split_batch") for outcome in outcomes]
         halves = calls[0].halves()
         if not halves:
-            return [Outcome(error=error)]
+            return [self._last_resort(calls[0])]
         parts = [self.run([half])[0] for half in halves]
         failed = next((part.error for part in parts if part.error is not None), None)
         if failed is not None:
             return [Outcome(error=failed)]
         value = batching.concatenate([part.value for part in parts])
         return [Outcome(value, memory_fallback="split_batch")]
+
+
+@contextmanager
+def in_tiles(module: Any) -> Iterator[bool]:
+    """Has a VAE work in tiles for a while; false where it cannot."""
+    able = hasattr(module, "enable_tiling") and not getattr(module, "use_tiling", False)
+    if able:
+        module.enable_tiling()
+    try:
+        yield able
+    finally:
+        if able:
+            module.disable_tiling()
 
 
 def _through(outcome: Outcome, rung: str) -> Outcome:

@@ -32,6 +32,8 @@ class Job:
     progress: JobProgress | None = None
     calls: list[PreparedCall] | None = None
     memory_fallback: str | None = None
+    forwards: int = 0
+    company: int = 0
     began: float = field(default_factory=time.monotonic)
     loaded: float | None = None
     encode_seconds: float = 0.0
@@ -75,6 +77,7 @@ class Job:
             encode_seconds=self.encode_seconds,
             step_seconds=self.progress.step_seconds if self.progress else None,
             memory_fallback=self.memory_fallback,
+            batch_rows=self.company / self.forwards if self.forwards else None,
         )
 
 

@@ -187,6 +187,8 @@ class BatchingRunner:
 
     def _made(self, job: Job, work: Generate, task: Task, made: Made) -> None:
         job.memory_fallback = task.memory_fallback or job.memory_fallback
+        job.forwards += task.forwards
+        job.company += task.company
         encoding = self._encoders.submit(self._encode, work, *made)
         encoding.add_done_callback(
             lambda done: self._inbox.put(partial(self._encoded, job, done)),

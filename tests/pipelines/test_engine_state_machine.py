@@ -216,6 +216,15 @@ def test_jobs_share_forwards_and_one_that_joins_later_shares_the_rest(denoiser: 
     assert denoiser.rows == [2, 3, 3, 2]
 
 
+def test_a_task_knows_how_many_pictures_shared_its_forwards(denoiser: Denoiser) -> None:
+    engine = engine_of(denoiser)
+    tasks = [step_task(denoiser, 1, 4), step_task(denoiser, 2, 2)]
+    for task in tasks:
+        engine.submit(task)
+    engine.run_until_idle()
+    assert [(task.forwards, task.company) for task in tasks] == [(4, 2 + 2 + 1 + 1), (2, 2 + 2)]
+
+
 def test_a_deterministic_job_shares_no_forward(denoiser: Denoiser) -> None:
     engine = engine_of(denoiser)
     for job in range(3):
@@ -314,6 +323,55 @@ def test_idle_models_are_evicted_before_a_batch_is_split(denoiser: Denoiser) -> 
     engine.run_until_idle()
     assert len(evicted) == 2
     assert ends
+
+
+class TilingDecoder(torch.nn.Module):
+    """Has not the memory for a whole picture, as a VAE may have not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_tiling = False
+        self.tiled: list[bool] = []
+
+    def enable_tiling(self) -> None:
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        self.use_tiling = False
+
+    def decode(self, sample: torch.Tensor) -> torch.Tensor:
+        self.tiled.append(self.use_tiling)
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("out of memory")
+        return sample * 2
+
+
+def test_a_picture_too_large_for_the_memory_is_decoded_in_tiles() -> None:
+    decoder, engine, ends = TilingDecoder(), Engine(), []
+    engine.adopt(decoder, "decode", Layout("sample"))
+    task = Task(1, lambda: decoder.decode(torch.ones(1, 3)), finished=ends.append)
+    engine.submit(task)
+    engine.run_until_idle()
+    assert torch.equal(ends[0], torch.full((1, 3), 2.0))
+    assert decoder.tiled == [False, True]
+    assert task.memory_fallback == "tiling"
+    assert not decoder.use_tiling
+
+
+def test_a_row_that_finds_no_memory_is_tried_once_more(denoiser: Denoiser) -> None:
+    failures = [torch.OutOfMemoryError("out of memory")]
+
+    def execute(target: Any, args: Any, kwargs: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return target.run(*args, **kwargs)
+
+    engine = engine_of(denoiser, forwards=Forwards(execute=execute))
+    task = step_task(denoiser, 1, 2, failed=pytest.fail)
+    engine.submit(task)
+    engine.run_until_idle()
+    assert denoiser.rows == [1, 1]
+    assert task.memory_fallback == "retried"
 
 
 def test_a_broken_device_is_not_asked_again(denoiser: Denoiser) -> None:
