@@ -46,8 +46,10 @@ def test_generations_are_our_own_pictures(client: openai.OpenAI, served: Running
     done = [event for event in events if event.type == "image_generation.completed"]
     assert len(events) == 4
     expected = ours(served, "StableDiffusionPipeline", width=64, height=64, num_images_per_prompt=2)
+    # Two pictures of one request share steps, and may round otherwise than each by itself.
     for event, picture in zip(done, expected, strict=True):
-        assert np.array_equal(pixels(opened(event.b64_json)), pixels(picture))
+        difference = pixels(opened(event.b64_json)).astype(int) - pixels(picture)
+        assert abs(difference).max() <= 1
 
 
 def test_a_clear_part_of_a_mask_is_our_white_part(
