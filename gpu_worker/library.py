@@ -195,8 +195,12 @@ class Library:
                 holding = read()
             self._held[key] = holding
             self._changed()
-        self._held[key].last_used = time.time()
-        return self._held[key]
+        holding = self._held[key]
+        holding.last_used = time.time()
+        if holding.model != model:  # asked for by another of its names
+            holding.model = model
+            self._changed()
+        return holding
 
     def _read_checkpoint(self, model: Model, step: Nothing) -> Holding:
         recipe = self._recipes.checkpoint(model)
