@@ -154,10 +154,10 @@ class Server:
             await self._idle()
         self.fleet.stop()
         await workers_gone.wait()
-        closing.set()
         await self._deliverer.aclose(OUTBOX_SECONDS)
-        await anyio.sleep(DRAIN_POLL_SECONDS)
         log.info("stopped")
+        closing.set()  # last: Hypercorn ends its own stop by cancelling whoever runs it
+        await anyio.sleep(CLOSE_SECONDS)
         scope.cancel()
 
 
