@@ -333,7 +333,9 @@ def test_five_hundred_events_through_an_endpoint_that_fails_half_the_time(outbox
         identifiers = deliver(outbox, [it.url()] * 500)
     attempts = Counter(received.id for received in it.received)
     assert set(attempts) == set(identifiers)
-    assert it.count == 1000
+    # Every other request fails. An answer that a busy machine loses is asked for again, once
+    # more than needed (at least once is the promise), which a handful may be.
+    assert 1000 <= it.count <= 1010
     assert (outbox.pending_count(), outbox.dead_count()) == (0, 0)
 
 
