@@ -73,13 +73,18 @@ def event(url: str, payload: bytes = b'{"event": "image.stored"}') -> Event:
 
 
 def deliver(
-    outbox: Outbox, urls: list[str], schedule: Callable[[int, float], float | None] = at_once
+    outbox: Outbox,
+    urls: list[str],
+    schedule: Callable[[int, float], float | None] = at_once,
+    attempt_seconds: float = 0.5,
 ) -> list[str]:
     """Puts one event per address and delivers until nothing is due; the ids."""
     identifiers: list[str] = []
 
     async def scenario() -> None:
-        deliverer = Deliverer(outbox, Settings(), schedule=schedule, attempt_seconds=0.5)
+        deliverer = Deliverer(
+            outbox, Settings(), schedule=schedule, attempt_seconds=attempt_seconds
+        )
         async with delivering(deliverer):
             identifiers.extend(await deliverer.put([event(url) for url in urls]))
 
@@ -330,12 +335,11 @@ def test_five_hundred_events_through_an_endpoint_that_fails_half_the_time(outbox
         return Answer(500 if number % 2 else 200)
 
     with endpoint(script) as it:
-        identifiers = deliver(outbox, [it.url()] * 500)
+        # No stall of a busy machine is to count as an attempt that failed.
+        identifiers = deliver(outbox, [it.url()] * 500, attempt_seconds=30)
     attempts = Counter(received.id for received in it.received)
     assert set(attempts) == set(identifiers)
-    # Every other request fails. An answer that a busy machine loses is asked for again, once
-    # more than needed (at least once is the promise), which a handful may be.
-    assert 1000 <= it.count <= 1010
+    assert it.count == 1000
     assert (outbox.pending_count(), outbox.dead_count()) == (0, 0)
 
 
