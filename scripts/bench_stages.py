@@ -195,10 +195,14 @@ def architecture(results: Results, name: str, device: torch.device, work: Path) 
     base = rate(lone, seconds)
     results.add(f"{label} stock, one at a time", f"{base:.1f} it/s", 1.0)
     reference = stock(many[: 2 * callers])
-    backends = {"engine": Uncompiled, "compiled": lambda: compiled_by(device, work)}
+    backends: dict[str, Callable[[], Compiler]] = {
+        "compiled": lambda: compiled_by(device, work),
+        "engine": Uncompiled,
+    }
     if device.type == "cuda":
-        backends = {"graphs": lambda: CudaGraphs(Uncompiled(), device)} | {
-            "compiled + graphs": backends["compiled"]
+        backends = {
+            "compiled + graphs": backends["compiled"],
+            "graphs": lambda: CudaGraphs(Uncompiled(), device),
         }
     for how, make in backends.items():
         server = Server(checkpoint, make())
