@@ -28,10 +28,14 @@ def no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     root = tmp_path / "models"
-    for family in ("sd15", "sdxl"):
-        files(root / "checkpoints" / family, weights.checkpoint_files(family))
+    files(root / "checkpoints" / "sd15", weights.checkpoint_files("sd15"))
     safetensors(root / "lora" / "style.safetensors", LORA)
     return root
+
+
+@pytest.fixture
+def sdxl(root: Path) -> Path:
+    return files(root / "checkpoints" / "sdxl", weights.checkpoint_files("sdxl"))
 
 
 @pytest.fixture
@@ -46,6 +50,7 @@ def refusal(models: Models, kind: Kind, name: str) -> Problem:
     return caught.value
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_a_checkpoint_folder_resolves_to_its_path_family_and_classes(
     models: Models, root: Path
 ) -> None:
@@ -59,6 +64,7 @@ def test_a_checkpoint_folder_resolves_to_its_path_family_and_classes(
     assert not found.has_safety_checker
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_names_may_have_folders_and_are_listed_with_them(models: Models, root: Path) -> None:
     files(root / "checkpoints" / "anime" / "one", weights.checkpoint_files("sd15"))
     assert models.names("checkpoint") == ["anime/one", "sd15", "sdxl"]
@@ -124,7 +130,7 @@ def test_what_is_forbidden_is_answered_as_what_is_missing(models: Models, kind: 
     assert (problem.code, problem.field) == ("unknown_model", models_module.FIELDS[kind])
 
 
-@pytest.mark.usefixtures("traps")
+@pytest.mark.usefixtures("sdxl", "traps")
 def test_what_is_forbidden_is_not_listed(models: Models) -> None:
     assert models.names("checkpoint") == ["sd15", "sdxl"]
 
@@ -144,6 +150,7 @@ def test_a_link_within_the_models_is_followed(models: Models, root: Path) -> Non
     assert "alias" in models.names("checkpoint")
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_a_linked_model_folder_is_the_models_folder(root: Path) -> None:
     link = root.parent / "link"
     link.symlink_to(root)
@@ -385,6 +392,7 @@ def test_a_model_of_another_kind_is_told_as_what_it_is(models: Models, root: Pat
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.13025}
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_a_vae_folder_resolves_and_must_fit(models: Models, root: Path) -> None:
     files(root / "vae" / "fix", {"config.json": VAE, "x.safetensors": {"weight": (2,)}})
     found = models.resolve("vae", "fix")
@@ -394,6 +402,7 @@ def test_a_vae_folder_resolves_and_must_fit(models: Models, root: Path) -> None:
     assert (caught.value.code, caught.value.field) == ("incompatible_model", "vae")
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_a_lora_of_another_family_is_refused_naming_both(models: Models) -> None:
     lora = models.resolve("lora", "style.safetensors")
     models.check_fit(models.resolve("checkpoint", "sd15"), [lora])
@@ -501,6 +510,7 @@ def test_a_problem_names_the_field_that_the_caller_gives(models: Models) -> None
     assert caught.value.field == "refiner_model"
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_only_so_many_models_are_remembered(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +523,7 @@ def test_only_so_many_models_are_remembered(
 # What the demo ships.
 
 
+@pytest.mark.usefixtures("sdxl")
 def test_the_demo_is_known_by_its_name_when_it_is_there(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
