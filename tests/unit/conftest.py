@@ -1,0 +1,36 @@
+"""A small MODEL_DIR for the tests of names, folders and files."""
+
+from pathlib import Path
+
+import pytest
+
+from supervisor import models as models_module
+from supervisor.models import Models
+from supervisor.settings import Settings
+from tests.tools import weights
+from tests.tools.model_folders import LORA
+from tests.tools.weights import files, safetensors
+
+
+@pytest.fixture
+def no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo that comes with the project is no part of these folders."""
+    monkeypatch.setattr(models_module, "DEMO_DIR", tmp_path / "no_demo")
+
+
+@pytest.fixture
+def root(tmp_path: Path, no_demo: None) -> Path:
+    root = tmp_path / "models"
+    files(root / "checkpoints" / "sd15", weights.checkpoint_files("sd15"))
+    safetensors(root / "lora" / "style.safetensors", LORA)
+    return root
+
+
+@pytest.fixture
+def sdxl(root: Path) -> Path:
+    return files(root / "checkpoints" / "sdxl", weights.checkpoint_files("sdxl"))
+
+
+@pytest.fixture
+def models(root: Path) -> Models:
+    return Models(Settings(model_dir=root, data_dir=root.parent / "data"))
