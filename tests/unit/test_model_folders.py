@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from supervisor import folders
 from supervisor import models as models_module
 from supervisor.errors import Problem
 from supervisor.families import Kind
@@ -92,9 +93,14 @@ def test_a_folder_with_code_or_without_a_needed_file_is_refused(
     assert named in problem.detail
 
 
-def test_a_folder_of_very_many_files_is_refused(models: Models, root: Path) -> None:
-    broken(root, {f"unet/{number}.txt": b"" for number in range(1001)})
-    assert "more than 1000 files" in refusal(models, "checkpoint", "sd15").detail
+def test_a_folder_of_very_many_files_is_refused(
+    models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "MAX_FILES", 50)
+    broken(root, {f"unet/{number}.txt": b"" for number in range(30)})
+    assert models.resolve("checkpoint", "sd15").model.family == "sd15"
+    broken(root, {f"unet/{number}.txt": b"" for number in range(30, 51)})
+    assert "more than 50 files" in refusal(models, "checkpoint", "sd15").detail
 
 
 def test_hidden_files_in_a_folder_are_not_looked_at(models: Models, root: Path) -> None:
