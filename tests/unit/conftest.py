@@ -20,10 +20,15 @@ def no_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, no_demo: None) -> Path:
+    """Of one LoRA; checkpoints are added by the tests that need them."""
     root = tmp_path / "models"
-    files(root / "checkpoints" / "sd15", weights.checkpoint_files("sd15"))
     safetensors(root / "lora" / "style.safetensors", LORA)
     return root
+
+
+@pytest.fixture
+def sd15(root: Path) -> Path:
+    return files(root / "checkpoints" / "sd15", weights.checkpoint_files("sd15"))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from tests.tools.model_folders import LORA, refusal
 from tests.tools.weights import files, safetensors
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_sidecar_tells_family_prediction_type_and_defaults(models: Models, root: Path) -> None:
     told = {"family": "sd21", "prediction_type": "v_prediction", "num_inference_steps": 4}
     told["scheduler"] = "LCMScheduler"
@@ -64,7 +65,7 @@ def test_a_model_of_another_kind_is_told_as_what_it_is(models: Models, root: Pat
 VAE = {"_class_name": "AutoencoderKL", "latent_channels": 4, "scaling_factor": 0.13025}
 
 
-@pytest.mark.usefixtures("sdxl")
+@pytest.mark.usefixtures("sd15", "sdxl")
 def test_a_vae_folder_resolves_and_must_fit(models: Models, root: Path) -> None:
     files(root / "vae" / "fix", {"config.json": VAE, "x.safetensors": {"weight": (2,)}})
     found = models.resolve("vae", "fix")
@@ -74,7 +75,7 @@ def test_a_vae_folder_resolves_and_must_fit(models: Models, root: Path) -> None:
     assert (caught.value.code, caught.value.field) == ("incompatible_model", "vae")
 
 
-@pytest.mark.usefixtures("sdxl")
+@pytest.mark.usefixtures("sd15", "sdxl")
 def test_a_lora_of_another_family_is_refused_naming_both(models: Models) -> None:
     lora = models.resolve("lora", "style.safetensors")
     models.check_fit(models.resolve("checkpoint", "sd15"), [lora])
@@ -145,6 +146,7 @@ def test_a_sidecar_lies_beside_its_file(models: Models, root: Path, name: str) -
     assert found.defaults == {"width": 512}
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_lone_vae_or_controlnet_takes_its_checkpoints_configuration(
     models: Models, root: Path
 ) -> None:

@@ -84,6 +84,7 @@ INDEX = weights.model_index("sd15")
         ),
     ],
 )
+@pytest.mark.usefixtures("sd15")
 def test_a_folder_with_code_or_without_a_needed_file_is_refused(
     models: Models, root: Path, changes: dict[str, Any], named: str
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_folder_with_code_or_without_a_needed_file_is_refused(
     assert named in problem.detail
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_folder_of_very_many_files_is_refused(
     models: Models, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,23 +105,27 @@ def test_a_folder_of_very_many_files_is_refused(
     assert "more than 50 files" in refusal(models, "checkpoint", "sd15").detail
 
 
+@pytest.mark.usefixtures("sd15")
 def test_hidden_files_in_a_folder_are_not_looked_at(models: Models, root: Path) -> None:
     files(root / "checkpoints" / "sd15", {".git/hook.py": None, "unet/.cache": None})
     assert models.resolve("checkpoint", "sd15").model.family == "sd15"
 
 
+@pytest.mark.usefixtures("sd15")
 def test_an_index_whose_shards_are_there_is_taken(models: Models, root: Path) -> None:
     index = {"weight_map": {"weight": "diffusion_pytorch_model.safetensors"}}
     broken(root, {"unet/diffusion_pytorch_model.safetensors.index.json": index})
     assert models.resolve("checkpoint", "sd15").model.family == "sd15"
 
 
+@pytest.mark.usefixtures("sd15")
 def test_what_lies_deep_in_a_folder_is_not_looked_at(models: Models, root: Path) -> None:
     deep = root / "checkpoints" / "sd15" / "a" / "b" / "c"
     files(deep, {f"{number}.txt": None for number in range(3)})
     assert models.resolve("checkpoint", "sd15").model.family == "sd15"
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_tokenizer_of_another_kind_may_keep_its_tokens_in_a_model_file(
     models: Models, root: Path
 ) -> None:
@@ -132,12 +138,14 @@ def test_a_tokenizer_of_another_kind_may_keep_its_tokens_in_a_model_file(
     assert models.resolve("checkpoint", "sd15").components["tokenizer_3"] == "T5Tokenizer"
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_component_with_pickles_alone_is_refused(models: Models, root: Path) -> None:
     name = "unet/diffusion_pytorch_model"
     broken(root, {f"{name}.safetensors": None, f"{name}.bin": pickle.dumps(Alarm("/x"))})
     assert "pickles are never opened" in refusal(models, "checkpoint", "sd15").detail
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_safety_checker_in_pickles_counts_as_none(models: Models, root: Path) -> None:
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     extractor = ["transformers", "CLIPImageProcessor"]
@@ -158,6 +166,7 @@ def test_a_safety_checker_in_pickles_counts_as_none(models: Models, root: Path) 
     assert models.safety_checker(models.resolve("checkpoint", "sd15")) is True
 
 
+@pytest.mark.usefixtures("sd15")
 def test_the_safety_checker_of_the_models_folder_serves_every_checkpoint(
     models: Models, root: Path
 ) -> None:
@@ -167,6 +176,7 @@ def test_the_safety_checker_of_the_models_folder_serves_every_checkpoint(
     assert found.path == str(root / "safety_checker")
 
 
+@pytest.mark.usefixtures("sd15")
 def test_a_changed_file_is_seen_and_an_unchanged_one_is_not_read_again(
     models: Models, root: Path
 ) -> None:

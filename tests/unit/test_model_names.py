@@ -13,6 +13,8 @@ from tests.tools import weights
 from tests.tools.model_folders import LORA, refusal
 from tests.tools.weights import files, safetensors
 
+pytestmark = pytest.mark.usefixtures("sd15")
+
 
 @pytest.mark.usefixtures("sdxl")
 def test_a_checkpoint_folder_resolves_to_its_path_family_and_classes(
@@ -102,7 +104,7 @@ def test_what_is_forbidden_is_not_listed(models: Models) -> None:
 def test_a_folder_with_the_same_prefix_is_outside(tmp_path: Path) -> None:
     files(tmp_path / "models-secret" / "model", weights.checkpoint_files("sd15"))
     here = tmp_path / "models" / "checkpoints"
-    here.mkdir(parents=True)
+    here.mkdir(parents=True, exist_ok=True)
     (here / "model").symlink_to(tmp_path / "models-secret" / "model")
     models = Models(Settings(model_dir=tmp_path / "models"))
     assert refusal(models, "checkpoint", "model").code == "unknown_model"
