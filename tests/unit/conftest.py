@@ -1,6 +1,9 @@
-"""A small MODEL_DIR for the tests of names, folders and files."""
+"""Folders for the tests that need one, and a small MODEL_DIR in them."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -10,6 +13,17 @@ from supervisor.settings import Settings
 from tests.tools import weights
 from tests.tools.model_folders import LORA
 from tests.tools.weights import files, safetensors
+
+MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where the system has a folder there: a disk takes seconds for all the tests."""
+    with TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:
+        path = Path(folder) / "test"  # its parent is the test's own, too
+        path.mkdir()
+        yield path
 
 
 @pytest.fixture
