@@ -149,3 +149,17 @@ def refused(code: str) -> Iterator[Callable[[], Problem]]:
     except Problem as problem:
         problems.append(problem)
     assert [problem.code for problem in problems] == [code]
+
+
+def kinds(sent: list[m.ToWorker]) -> list[str]:
+    return [type(message).__name__ for message in sent]
+
+
+def crash_before_ready(fake: FakeFleet, id: int, times: int = 5) -> None:
+    worker = fake.worker(id)
+    for _ in range(times):
+        if worker.state is WorkerState.BACKING_OFF:
+            while worker.state is WorkerState.BACKING_OFF:
+                fake.pass_time(1)
+            fake.spawn(worker)
+        fake.die(id, 7)
