@@ -249,6 +249,13 @@ class Residency(Message, frozen=True, kw_only=True):
     memory: Memory
 
 
+class Worn(Message, frozen=True, kw_only=True):
+    """Replace this worker once its jobs are done; until then it goes on, less well."""
+
+    reason: str
+    detail: str
+
+
 class Fatal(Message, frozen=True, kw_only=True):
     """Last words: the worker must be replaced and exits by itself."""
 
@@ -267,5 +274,6 @@ FromWorker = (
     | Failed
     | Cancelled
     | Residency
+    | Worn
     | Fatal
 )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ipc import messages as m
-from tests.tools.worker_client import REAL, SCRIPTED, WorkerClient, pictures
+from tests.tools.worker_client import LEAKING, REAL, SCRIPTED, WorkerClient, pictures
 
 KINDS = pytest.mark.parametrize("kind", [REAL, SCRIPTED], ids=["real", "scripted"])
 PARAMETERS = {"prompt": "a cat", "num_inference_steps": 3, "width": 64, "height": 64}
@@ -77,6 +77,34 @@ def test_another_protocol_is_refused_with_last_words(kind: tuple[str, ...]) -> N
         assert isinstance(last_words, m.Fatal)
         assert last_words.reason == "protocol"
         assert client.process.wait(10) != 0
+
+
+@pytest.mark.parametrize("comes_back", [True, False], ids=["back", "lost"])
+@pytest.mark.parametrize("kind", [LEAKING, SCRIPTED], ids=["real", "scripted"])
+def test_a_worker_whose_memory_does_not_come_back_asks_to_be_replaced_and_goes_on(
+    kind: tuple[str, ...],
+    comes_back: bool,
+    model: m.Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory_is_out = tmp_path / "out"
+    memory_is_out.touch()
+    monkeypatch.setenv("IGI_OUT_OF_MEMORY_FILE", str(memory_is_out))
+    monkeypatch.setenv("IGI_ALLOCATED_BYTES", "0" if comes_back else str(2**50))
+    prompt = f"fault:out_of_memory step=2 worn={int(not comes_back)}"
+    with WorkerClient(kind) as client:
+        client.ready()
+        failed = client.generate(**job(model, parameters=PARAMETERS | {"prompt": prompt}))[-1]
+        assert isinstance(failed, m.Failed)
+        assert failed.code == "out_of_memory"
+        memory_is_out.unlink()
+        received = client.generate(**job(model))
+        assert len(pictures(received)) == 2
+        asked = [each for each in received if isinstance(each, m.Worn)]
+        assert [each.reason for each in asked] == ([] if comes_back else ["memory"])
+        client.send(m.Shutdown())
+        assert client.process.wait(10) == 0
 
 
 @KINDS

@@ -12,7 +12,8 @@ with a "fault", names what goes wrong, with settings after it:
 exit (code), abort, stop (SIGSTOP), hang (no progress, still alive), garbage (a
 frame that is no message), unknown_message, half_frame (then=exit|silence),
 oversized_frame (announces 4 GiB), out_of_memory (memory_fallback=RUNG finishes
-with it; without it the job fails), cuda_error (Fatal, exit 70), reject and fail
+with it; without it the job fails, and with worn=1 the worker then asks to be
+replaced), cuda_error (Fatal, exit 70), reject and fail
 (code, detail, field), ignore_term, grandchild (seconds; a sleep, its process id
 in pid_file), flood_stderr (bytes), print (bytes, to stdout), slow (nothing but
 its settings).
@@ -265,7 +266,10 @@ class ScriptedRunner:
                 threading.Event().wait()
             case "out_of_memory" if "memory_fallback" not in script:
                 detail = script.get("detail", "cannot hold the job in the device's memory")
-                self.answer(m.Failed(job=job, code="out_of_memory", detail=detail))
+                self.send(m.Failed(job=job, code="out_of_memory", detail=detail))
+                if script.get("worn"):
+                    self.send(m.Worn(reason="memory", detail="cannot get 1.50 GB back"))
+                raise Ended
             case "cuda_error":
                 self.send(m.Fatal(reason="device", detail="cannot go on: a CUDA error"))
                 os._exit(loop.EXIT_FATAL)

@@ -41,6 +41,7 @@ EXAMPLES: list[m.Message] = [
     m.Failed(job="j", code="generation_failed", detail="cannot"),
     m.Cancelled(job="j"),
     m.Residency(models=[RESIDENT], memory=MEMORY),
+    m.Worn(reason="memory", detail="cannot get 1.50 GB back"),
     m.Fatal(reason="a CUDA error", detail="device-side assert"),
 ]  # fmt: skip
 
