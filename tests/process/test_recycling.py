@@ -1,6 +1,7 @@
 """Out of memory: a worker lives through it, unless its memory does not come back."""
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def test_running_out_of_memory_fifty_times_makes_nothing_grow(
 ) -> None:
     """The real worker: what a failed forward held is let go of, whoever looked at its error."""
     memory_is_out = tmp_path / "out"
-    memory_is_out.touch()
+    memory_is_out.write_text("text_encoder 100000")
     monkeypatch.setenv("IGI_OUT_OF_MEMORY_FILE", str(memory_is_out))
     monkeypatch.setenv("IGI_ALLOCATED_BYTES", "0")
     sizes = []
@@ -67,3 +68,36 @@ def test_running_out_of_memory_fifty_times_makes_nothing_grow(
         memory_is_out.unlink()
         assert pictures(client.generate(**request))
     assert sizes[-1] < sizes[9] * 1.02 + 4 * 2**20
+
+
+def test_two_hundred_swaps_of_checkpoints_and_loras_leave_memory_flat(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    """There is room for one of the two checkpoints."""
+    checkpoints = []
+    for name in ("one", "two"):
+        shutil.copytree(model_dir / "checkpoints/sd15", tmp_path / name)
+        checkpoints.append(m.Model(name=name, path=str(tmp_path / name), family="sd15"))
+    files = Path(checkpoints[0].path).rglob("*.safetensors")
+    room = int(1.5 * sum(file.stat().st_size for file in files))
+    loras = [
+        m.Model(name=letter, path=str(model_dir / f"lora/sd15-diffusers-{letter}.safetensors"))
+        for letter in "ab"
+    ]
+    start = m.Start(protocol=m.PROTOCOL_VERSION, device="cpu", device_memory_bytes=room)
+    parameters = {"prompt": "a cat", "num_inference_steps": 1, "width": 64, "height": 64}
+    with WorkerClient(start=start) as client:
+        client.ready()
+        process, sizes, loads = psutil.Process(client.process.pid), [], 0
+        for swap in range(200):
+            received = client.generate(
+                pipeline="StableDiffusionPipeline",
+                checkpoint=checkpoints[swap % 2],
+                loras=[m.Lora(model=loras[swap // 2 % 2])],
+                parameters=parameters,
+            )
+            assert pictures(received)
+            loads += any(isinstance(each, m.Residency) for each in received)
+            sizes.append(process.memory_info().rss)
+    assert loads == 200
+    assert sizes[-1] < sizes[49] * 1.01 + 4 * 2**20
