@@ -510,6 +510,21 @@ def test_a_job_that_moves_keeps_its_worker() -> None:
     assert fake.states() == [READY]
 
 
+@pytest.mark.parametrize(("timeout_seconds", "pace_seconds"), [(60, 0.25), (0.4, 0.1)])
+def test_a_worker_tells_of_its_steps_often_enough_not_to_count_as_hanging(
+    timeout_seconds: float, pace_seconds: float
+) -> None:
+    fake, one = (
+        FakeFleet(1, settings=replace(SETTINGS, step_timeout_seconds=timeout_seconds)),
+        job(),
+    )
+    one.followed = False
+    fake.submit(one)
+    [sent] = fake.sent[0]
+    assert isinstance(sent, m.Generate)
+    assert sent.progress_seconds == pace_seconds
+
+
 def test_a_worker_that_talks_nonsense_is_killed() -> None:
     fake = FakeFleet(1)
     fake.fleet.protocol_broken(fake.worker(), "broke the protocol: garbage")
