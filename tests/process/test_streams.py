@@ -1,9 +1,12 @@
-"""A job's progress as server-sent events: every step for those who look on, and only for them."""
+"""A job's progress as server-sent events: every step, and what becomes of it when they leave."""
 
 import json
+import time
 from typing import Any
 
-from tests.tools.server import RunningServer
+import httpx
+
+from tests.tools.server import RunningServer, wait_until
 
 EVENTS = {"Accept": "text/event-stream"}
 STEPS = 12
@@ -44,3 +47,36 @@ def test_whoever_looks_on_at_a_job_that_was_accepted_is_told_every_step(
     seen = steps(told)
     assert seen == list(range(seen[0], STEPS + 1))
     assert told[-1][0] == "finished"
+
+
+def running_jobs(server: RunningServer) -> int:
+    return sum(worker["running"] for worker in server.placement())
+
+
+def leave_at_a_step(server: RunningServer, method: str, url: str, **request: Any) -> None:
+    with (
+        httpx.Client(base_url=server.url) as caller,
+        caller.stream(method, url, **request) as answer,
+    ):
+        assert "event: progress" in answer.iter_lines()  # reads no further
+
+
+ENDLESS = {"prompt": "fault:slow step_seconds=0.05", "num_inference_steps": 900}
+
+
+def test_a_job_ends_a_step_after_its_stream_is_left(scripted: RunningServer) -> None:
+    request = {"json": body(parameters=ENDLESS), "headers": EVENTS}
+    leave_at_a_step(scripted, "POST", "/generate", **request)
+    left = time.monotonic()
+    wait_until(lambda: running_jobs(scripted) == 0)
+    assert time.monotonic() - left < 1
+
+
+def test_a_job_goes_on_when_an_onlooker_leaves(scripted: RunningServer) -> None:
+    headers = {"Prefer": "respond-async"}
+    poll = scripted.generate(body(parameters=ENDLESS), headers=headers).json()["poll_url"]
+    leave_at_a_step(scripted, "GET", f"{poll}/events")
+    step = scripted.client.get(poll).json()["step"]
+    wait_until(lambda: scripted.client.get(poll).json()["step"] > step)
+    assert scripted.client.delete(poll).status_code == 202
+    wait_until(lambda: running_jobs(scripted) == 0)
