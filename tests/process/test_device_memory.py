@@ -100,7 +100,7 @@ def live_twice(spawned: Callable[[int], None], environ: dict[str, str] | None = 
     command = (sys.executable, "-c", "raise SystemExit(3)")
 
     async def run() -> None:
-        with anyio.fail_after(20):
+        with anyio.fail_after(10):  # below the real MEMORY_SECONDS
             await Lives(fleet, begin, command, environ or {}).run()
 
     anyio.run(run)
