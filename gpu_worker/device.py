@@ -53,6 +53,11 @@ def memory(start: Start) -> Memory:
     return Memory(total=total, used=total - free, free=free)
 
 
+def allocated_bytes(start: Start) -> int | None:
+    """What this process's tensors take on the device; a CPU's allocator does not tell."""
+    return None if start.device == "cpu" else torch.cuda.memory_allocated(start.device)
+
+
 def free(start: Start) -> None:
     """Gives memory that is cached but unused back to the device."""
     if start.device != "cpu":

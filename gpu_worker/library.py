@@ -263,7 +263,7 @@ class Library:
 
     def _make_room(self, size: int, model: Model) -> None:
         """Drops as much as so many bytes need. Raises MemoryShort."""
-        while self._total_bytes() + size > self.budget_bytes:
+        while self.held_bytes() + size > self.budget_bytes:
             idle = [holding for holding in self._held.values() if not holding.users]
             if not idle:
                 raise MemoryShort(
@@ -275,7 +275,8 @@ class Library:
             self._drop(oldest)
             self._changed()
 
-    def _total_bytes(self) -> int:
+    def held_bytes(self) -> int:
+        """Of the weights that are on the device, by their files."""
         return sum(holding.bytes for holding in self._held.values())
 
     def _drop(self, holding: Holding) -> None:

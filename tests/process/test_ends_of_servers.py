@@ -9,7 +9,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.tools.faults import body, code, exits, lives, until_queued, until_running
+from tests.tools.faults import body, busy, code, exits, lives, until_queued, until_running
 from tests.tools.server import SCRIPTED, running, wait_until
 
 
@@ -48,6 +48,14 @@ def test_a_crash_loop_ends_in_quarantine_and_the_rest_serve_on(
         wait_until(lambda: states() == ["ready", "ready"])
 
 
+def test_a_worker_that_does_not_get_ready_is_replaced(tmp_path: Path, models: Path) -> None:
+    script = f"hang_before_ready count_file={tmp_path / 'count'} times=1"
+    settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": script, "START_TIMEOUT_SECONDS": "4"}
+    with running(tmp_path, SCRIPTED, **settings) as server:
+        assert exits(server) == ["was not ready within 4 s (was ended by SIGKILL)"]
+        assert server.generate(body()).status_code == 200
+
+
 def test_without_any_worker_the_server_says_so(tmp_path: Path, models: Path) -> None:
     settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": "die_before_ready code=4"}
     with running(tmp_path, SCRIPTED, workers=0, **settings) as server:
@@ -62,23 +70,32 @@ def test_without_any_worker_the_server_says_so(tmp_path: Path, models: Path) -> 
         assert server.client.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("at_work", [False, True], ids=["idle", "at work"])
+@pytest.mark.parametrize(
+    ("at", "fault"),
+    [
+        ("idle", "step=2"),
+        ("denoising", "step=1 step_seconds=60"),
+        ("loading", "step=0 load_seconds=60"),
+    ],
+)
 def test_nothing_is_left_of_a_killed_supervisor(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor, at_work: bool
+    tmp_path: Path, models: Path, callers: ThreadPoolExecutor, at: str, fault: str
 ) -> None:
-    settings = {"MODEL_DIR": str(models), "DEVICES": "cpu,cpu,cpu"}
+    """One of two workers has started a process of its own, and is still at it or idle again."""
+    settings = {"MODEL_DIR": str(models), "DEVICES": "cpu,cpu"}
     pid_file = tmp_path / "pid"
-    with running(tmp_path, SCRIPTED, workers=3, **settings) as server:
-        if at_work:  # in a step with a grandchild, in a load, and idle
-            for prompt, name in (
-                (f"fault:grandchild step=2 pid_file={pid_file} step_seconds=0.2", "cat"),
-                ("fault:slow load_seconds=60", "dog"),
-            ):
-                callers.submit(server.generate, body(prompt, steps=500, checkpoint=name))
-            until_running(server, 2)
-            wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+    with running(tmp_path, SCRIPTED, workers=2, **settings) as server:
+        work = callers.submit(
+            server.generate, body(f"fault:grandchild {fault} pid_file={pid_file}")
+        )
+        wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+        if at == "idle":
+            assert work.result().status_code == 200
+        assert len(busy(server)) == (at != "idle")
         family = psutil.Process(server.process.pid).children(recursive=True)
-        assert len(family) >= (4 if at_work else 3)
+        pids = {process.pid for process in family}
+        workers = {worker["pid"] for worker in server.placement()}
+        assert {int(pid_file.read_text()), *workers} <= pids
         server.process.kill()
         wait_until(lambda: not any(lives(process.pid) for process in family), 10)
 

@@ -162,11 +162,15 @@ def test_what_a_worker_prints_breaks_nothing(server: RunningServer, fault: str) 
 
 
 def test_out_of_memory_is_answered_and_the_worker_lives_on(server: RunningServer) -> None:
+    """The real worker's own memory: tests/process/test_recycling.py."""
     pids = [worker["pid"] for worker in server.placement()]
+    supervisor, sizes = psutil.Process(server.process.pid), []
     for _ in range(50):
         answer = server.generate(body("fault:out_of_memory step=2"))
         assert (answer.status_code, code(answer)) == (507, "out_of_memory")
+        sizes.append(supervisor.memory_info().rss)
     assert server.generate(body()).status_code == 200
+    assert sizes[-1] < sizes[9] + 4 * 2**20
     assert [worker["pid"] for worker in server.placement()] == pids
 
 

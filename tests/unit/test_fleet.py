@@ -157,6 +157,24 @@ def known(fake: FakeFleet, step_seconds: float = 1.0) -> None:
     fake.finish(first, step_seconds=step_seconds)
 
 
+@pytest.mark.parametrize(("step_seconds", "retry_after"), [(1.0, 20), (0.25, 5)])
+def test_when_to_come_back_to_a_full_queue_follows_from_measured_steps(
+    step_seconds: float, retry_after: int
+) -> None:
+    """Jobs take ten steps; one runs, and the one behind it has to be done."""
+    fake = FakeFleet(1)
+    known(fake, step_seconds)
+    fake.hold(0, "cat")
+    fake.submit(*(job(f"{index}") for index in range(4)))
+    with refused("queue_full") as problem:
+        fake.submit(job("one too many"))
+    assert problem().retry_after == retry_after
+    fake.receive(m.Progress(job="0", phase="denoising", step=8, steps=10))
+    with refused("queue_full") as problem:
+        fake.submit(job("later"))
+    assert (problem().retry_after or 0) < retry_after
+
+
 def test_a_job_that_cannot_be_done_in_time_is_refused() -> None:
     fake = FakeFleet(1)
     known(fake)

@@ -2,38 +2,11 @@
 
 import pytest
 
-from ipc import messages as m
 from supervisor.jobs import Job
 from supervisor.observer import Observer
-from supervisor.worker import Cause, Worker
+from supervisor.worker import Worker
 from supervisor.worker_process import Exit
-from tests.tools.fleets import FakeFleet, job, refused
-
-
-class Diary(Observer):
-    def __init__(self) -> None:
-        self.entries: list[str] = []
-
-    def job_refused(self, code: str) -> None:
-        self.entries.append(f"refused {code}")
-
-    def job_dispatched(self, job: Job, worker: Worker) -> None:
-        self.entries.append(f"dispatched {job.id}")
-
-    def job_answered(self, job: Job, worker: Worker, finished: m.Finished) -> None:
-        self.entries.append(f"answered {job.id}")
-
-    def job_ended(self, job: Job) -> None:
-        self.entries.append(f"ended {job.id}")
-
-    def worker_exited(self, worker: Worker, cause: Cause) -> None:
-        self.entries.append(f"{cause.kind} {cause.words}")
-
-    def models_changed(
-        self, worker: Worker, loaded: list[m.Resident], unloaded: list[m.Resident]
-    ) -> None:
-        names = [[model.checkpoint for model in models] for models in (loaded, unloaded)]
-        self.entries.append(f"models {names}")
+from tests.tools.fleets import Diary, FakeFleet, job, refused
 
 
 class Broken(Observer):

@@ -1,10 +1,20 @@
 """Workers that are replaced, launched, restarted and stopped, seen from the fleet."""
 
 import pytest
+from msgspec.structs import replace
 
 from ipc import messages as m
 from supervisor.states import WorkerState
-from tests.tools.fleets import FakeFleet, code_of, crash_before_ready, job, kinds, model, picture
+from tests.tools.fleets import (
+    SETTINGS,
+    FakeFleet,
+    code_of,
+    crash_before_ready,
+    job,
+    kinds,
+    model,
+    picture,
+)
 
 READY, STARTING, DRAINING = WorkerState.READY, WorkerState.STARTING, WorkerState.DRAINING
 STOPPING, KILLING, BACKING_OFF = WorkerState.STOPPING, WorkerState.KILLING, WorkerState.BACKING_OFF
@@ -49,6 +59,21 @@ def test_a_job_that_moves_keeps_its_worker() -> None:
         fake.pass_time(59)
         fake.receive(m.Progress(job="job", phase="denoising", step=step, steps=10))
     assert fake.states() == [READY]
+
+
+@pytest.mark.parametrize(("timeout_seconds", "pace_seconds"), [(60, 0.25), (0.4, 0.1)])
+def test_a_worker_tells_of_its_steps_often_enough_not_to_count_as_hanging(
+    timeout_seconds: float, pace_seconds: float
+) -> None:
+    fake, one = (
+        FakeFleet(1, settings=replace(SETTINGS, step_timeout_seconds=timeout_seconds)),
+        job(),
+    )
+    one.followed = False
+    fake.submit(one)
+    [sent] = fake.sent[0]
+    assert isinstance(sent, m.Generate)
+    assert sent.progress_seconds == pace_seconds
 
 
 def test_a_worker_that_talks_nonsense_is_killed() -> None:
