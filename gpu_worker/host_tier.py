@@ -2,7 +2,8 @@
 
 Every worker of the host shares the pages of one file. From registered memory a copy to
 the device runs at the bus's full speed (seen on an H200: 55 GB/s, against 7.8 GB/s from
-pageable memory). On a CPU the mapping is used as it is.
+pageable memory). On a CPU a folder's file is used where it is mapped, a single file's weights
+by a copy that is kept here beside it.
 """
 
 import json
@@ -11,13 +12,13 @@ import mmap
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-Weights = dict[str, torch.Tensor]
+from gpu_worker.host_copies import HostCopy, Weights
 
 MAX_HEADER_BYTES = 100 * 2**20
 REGISTER_READ_ONLY = 0x08
@@ -78,16 +79,17 @@ class MappedFile:
 
 
 class HostTier:
-    """The files that were used last, within `max_bytes`, registered where there is a GPU."""
+    """The files and copies that were used last, within `max_bytes`; files are registered where
+    there is a GPU."""
 
     def __init__(self, device: str, max_bytes: int) -> None:
         self._registers = torch.device(device).type == "cuda"
         self._max_bytes = max_bytes
-        self._held: OrderedDict[tuple[int, ...], MappedFile] = OrderedDict()
+        self._held: OrderedDict[Hashable, MappedFile | HostCopy] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        return sum(file.bytes for file in self._held.values())
+        return sum(held.bytes for held in self._held.values())
 
     def weights(self, files: Sequence[Path]) -> Weights:
         """All tensors of some files by name. Raises CannotMap, OSError."""
@@ -96,25 +98,49 @@ class HostTier:
             found |= self._file(path).weights
         return found
 
+    def copies(self, path: Path, part: Hashable, weights: Weights, dtype: torch.dtype) -> Weights:
+        """A file's `part` in this type, copied when it is first asked for; to be written at will.
+
+        Raises OSError.
+        """
+        key = (identity(path), part, dtype)
+        copy = self._held.get(key)
+        if not isinstance(copy, HostCopy):
+            copy = HostCopy(weights, dtype)
+        self._keep(key, copy)
+        return copy.weights()
+
     def holds(self, files: Sequence[Path]) -> bool:
         """Whether all of these files are mapped, and as they are now."""
-        return bool(files) and all(_identity(path) in self._held for path in files)
+        return bool(files) and all(identity(path) in self._held for path in files)
 
     def clear(self) -> None:
         self._make_room(self._max_bytes)
 
+    def drop_copies(self) -> None:
+        """A copy's memory is free once no module uses it."""
+        for key in [key for key, held in self._held.items() if isinstance(held, HostCopy)]:
+            del self._held[key]
+
     def _file(self, path: Path) -> MappedFile:
-        identity = _identity(path)
-        if identity in self._held:
-            self._held.move_to_end(identity)
-            return self._held[identity]
+        key = identity(path)
+        file = self._held.get(key)
+        if isinstance(file, MappedFile):
+            self._held.move_to_end(key)
+            return file
         file = MappedFile(path)
-        self._make_room(file.bytes)
-        if file.bytes <= self._max_bytes:
-            self._held[identity] = file
-            if self._registers:
-                file.register()
+        if self._keep(key, file) and self._registers:
+            file.register()
         return file
+
+    def _keep(self, key: Hashable, held: MappedFile | HostCopy) -> bool:
+        """As the one used last; whether there is room for it."""
+        self._held.pop(key, None)
+        self._make_room(held.bytes)
+        if held.bytes > self._max_bytes:
+            return False
+        self._held[key] = held
+        return True
 
     def _make_room(self, size: int) -> None:
         while self._held and self.bytes + size > self._max_bytes:
@@ -122,7 +148,7 @@ class HostTier:
             oldest.release()
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Another one when the file is replaced or changed."""
     status = os.stat(path)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

@@ -182,6 +182,7 @@ class Library:
         for holding in idle:
             self._drop(holding)
         self._modules.free()
+        self._modules.free_host()
         self._changed()
         return bool(idle)
 
@@ -233,7 +234,7 @@ class Library:
         if model.single_file:
             plan = single_files.module_plan(model, kind, self._recipes.weights(model))
             size = single_files.tensor_bytes(plan.weights, self.dtype)
-            wanted = self._modules.of_file(plan, upcasts)
+            wanted = self._modules.of_file(plan, model, upcasts)
         else:
             root = existing_folder(model)
             size = folder_bytes(self.dtype, root)
