@@ -14,7 +14,7 @@ from gpu_worker.folders import BrokenModel
 from gpu_worker.original_names import Tensors
 from gpu_worker.single_files import SingleFile
 from ipc.messages import Model
-from supervisor.families import file_traits
+from supervisor.file_families import file_traits
 from supervisor.headers import read_header
 from tests.tools import single_file
 
