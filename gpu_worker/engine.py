@@ -7,6 +7,7 @@ steps. All of it happens on one thread; knows nothing of messages or checkpoints
 """
 
 import itertools
+import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from gpu_worker.interposer import Target, interpose
 from gpu_worker.turns import choose_calls, choose_task
 
 MAX_RUNNING = 16
+STALL_MEMORY = 0.95
+"""A body's stall of one step counts in the next by so much: behind another's it shows no more."""
 
 Result = TypeVar("Result")
 
@@ -72,6 +75,8 @@ class Body(greenlet):
         self.withdrawn = False
         self.order = 0
         self.passed_over = 0
+        self.stall_seconds = 0.0
+        """How long it kept the thread when it went on, at worst and lately."""
 
     def run(self) -> Any:
         # An exception that left a greenlet would rise in whoever resumed it.
@@ -242,9 +247,15 @@ class Engine:
             body.passed_over += body not in chosen
         calls = [body.call for body in chosen if body.call is not None]
         outcomes = self._forwards.run(calls) if calls else []
-        for body, outcome in zip(chosen, outcomes, strict=True):
+        # Some schedulers wait for the device (ancestral ones move their noise there, DDIM reads a
+        # timestep back). They go on last: the others' work is done while the forward still runs.
+        pairs = sorted(zip(chosen, outcomes, strict=True), key=lambda pair: pair[0].stall_seconds)
+        for body, outcome in pairs:
             self._count(body, len(calls))
+            began = time.perf_counter()
             self._resume(body, outcome)
+            stalled = time.perf_counter() - began
+            body.stall_seconds = max(stalled, STALL_MEMORY * body.stall_seconds)
         return bool(chosen)
 
     def _max_rows(self, body: Body) -> int:

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -60,22 +61,30 @@ class MappedFile:
             self._whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self.weights = _tensors(self._whole)
         self.bytes = self._whole.numel()
-        self.registered = False
+        self._unregister: weakref.finalize[..., MappedFile] | None = None
 
     def register(self) -> None:
         """Pins the pages for the driver; where it refuses, the file stays usable, slower."""
         pages = -(-self.bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         code = int(_runtime().cudaHostRegister(self._whole.data_ptr(), pages, REGISTER_READ_ONLY))
-        self.registered = code == 0
         if code:
             log.warning("cannot register a file of %d bytes: error %d", self.bytes, code)
             _clear_last_error()
+            return
+        # The driver remembers addresses: a mapping that ended without this would be taken for
+        # the next one in its place, which fails somewhere else (seen on an H200).
+        pointer = self._whole.data_ptr()
+        self._unregister = weakref.finalize(self, _runtime().cudaHostUnregister, pointer)
+        self._unregister.atexit = False
+
+    @property
+    def registered(self) -> bool:
+        return self._unregister is not None and self._unregister.alive
 
     def release(self) -> None:
         """Takes the registration back. No copy from it may be under way."""
-        if self.registered:
-            self.registered = False
-            _runtime().cudaHostUnregister(self._whole.data_ptr())
+        if self._unregister is not None:
+            self._unregister()
 
 
 class HostTier:

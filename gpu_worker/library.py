@@ -34,6 +34,7 @@ class Library:
         budget_bytes: int,
         changed: Nothing,
         host_bytes: int = HOST_BYTES,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.device = device
         self.dtype = dtype
@@ -41,7 +42,7 @@ class Library:
         self._changed = changed
         self._loras = LoraFiles()
         host = HostTier(device, host_bytes)
-        self._modules = Modules(device, dtype, host)
+        self._modules = Modules(device, dtype, host, memory_format)
         self._recipes = Recipes(self._modules, host, dtype, device)
         self._reader = Reader(self._modules, self._recipes, dtype, self._make_room)
         self._held: dict[Hashable, Holding] = {}

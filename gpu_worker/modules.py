@@ -50,9 +50,16 @@ class Wanted:
 class Modules:
     """Makes parts on one device. Modules that are dropped give their storage to others."""
 
-    def __init__(self, device: str, dtype: torch.dtype, host: HostTier) -> None:
+    def __init__(
+        self,
+        device: str,
+        dtype: torch.dtype,
+        host: HostTier,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
         self._device = torch.device(device)
         self._dtype = dtype
+        self._memory_format = memory_format
         self._host = host
         self._spares = Spares()
         self._let_go = False
@@ -97,7 +104,7 @@ class Modules:
         """
         module = None if wanted.plan is None else self._spares.take(wanted.key)
         if module is None or not self._filled(module, wanted):
-            module = self._new(wanted)
+            module = self._laid_out(self._new(wanted))
             module = settled(module) if wanted.settles else module
         if wanted.key is not None:
             self._keys[module] = wanted.key
@@ -147,6 +154,11 @@ class Modules:
             if module is not None and self._filled(module, wanted):
                 return module
         return wanted.load()
+
+    def _laid_out(self, part: Any) -> Any:
+        """Convolutions' weights as the compiler wants them; a later exchange keeps that."""
+        is_module = isinstance(part, torch.nn.Module)
+        return part.to(memory_format=self._memory_format) if is_module else part
 
     def _filled(self, module: torch.nn.Module, wanted: Wanted) -> bool:
         weights = {} if wanted.plan is None else wanted.plan.weights

@@ -246,7 +246,8 @@ class BatchingRunner:
         start = self._start
         budget = device.budget_bytes(start)
         dtype, host = device.dtype(start), device.host_bytes(start)
-        return Library(start.device, dtype, budget, self._tell_residency, host)
+        layout = self._compiler.memory_format
+        return Library(start.device, dtype, budget, self._tell_residency, host, layout)
 
     def _tell_residency(self) -> None:
         models = self._loader.library.residents()

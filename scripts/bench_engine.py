@@ -10,7 +10,7 @@ downloaded. Latents only. A figure is denoising steps of all pictures per second
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,9 @@ from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
+from scripts import true_architectures
+from scripts.true_architectures import BETAS
 
-BETAS = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-}
 SCHEDULERS = [
     ("EulerDiscreteScheduler", {}),
     ("DPMSolverMultistepScheduler", {}),
@@ -40,21 +35,7 @@ SCHEDULERS = [
     ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 ]
 TINY_BLOCKS = {"block_out_channels": (16, 32), "norm_num_groups": 8, "attention_head_dim": 4}
-UNETS: dict[str, dict[str, Any]] = {
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-    "sdxl": {
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": [5, 10, 20],
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": [1, 2, 10],
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
+UNETS: Mapping[str, dict[str, Any]] = true_architectures.UNETS | {
     "tiny_sd15": TINY_BLOCKS
     | {
         "sample_size": 8,

@@ -1,17 +1,32 @@
-"""Workers that die under load: what becomes of the jobs, the device and its memory."""
+"""Workers that die or run out of memory under load: what becomes of jobs, device and memory."""
 
+import contextlib
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from time import monotonic
 
 from scripts.host_load import Answer, Load
 from scripts.host_probe import Sample, Watch, used_bytes, watching
 from scripts.host_scene import ROOT, Scene, refused, row, until
 from supervisor import monitoring
+from tests.tools.server import RunningServer
 
 ASSERTING = (sys.executable, str(ROOT / "tests/tools/asserting_server.py"))
+LARGE_PIXELS = 2048
+SPARED_BYTES = 2**29
+# Takes what is free on a device but for so many bytes, and keeps it.
+HOG = """
+import sys, time, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(max(0, free - int(sys.argv[1])), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+time.sleep(300)
+"""
 
 
 def faults(scene: Scene) -> None:
@@ -30,9 +45,58 @@ def faults(scene: Scene) -> None:
             assertion = Fault("device-side assert", watch, load, baseline)
             due.touch()
             assertion.outlived(count)
+            if baseline:
+                out_of_memory(scene, server, load)
         attempts = max((a.meta["attempts"] for a in load.answers if a.meta), default=0)
         row(count, f"jobs lost, of {len(load.answers)} (most attempts of one)",
             f"{refused(load.answers)} ({attempts})", "0")  # fmt: skip
+
+
+def out_of_memory(scene: Scene, server: RunningServer, load: Load) -> None:
+    """A picture that the device has no room for, among the others."""
+    body = scene.mixed.body(scene.copies[0], random.Random(0))
+    body["parameters"] |= {"width": LARGE_PIXELS, "height": LARGE_PIXELS, "num_inference_steps": 4}
+    with little_memory(scene):
+        sent = monotonic()
+        answer = server.generate(body).json()
+        ended = monotonic()
+        until(lambda: served_after(load, ended, answer) is not None)
+    rung = answer.get("meta", {}).get("memory_fallback") or answer.get("code", "none")
+    served = served_after(load, ended, answer)
+    again = "not seen" if served is None else f"{served.done - ended:.1f} s"
+    row(len(scene.devices), "out of memory: answered after; rung; serves again after",
+        f"{ended - sent:.1f} s; {rung}; {again}")  # fmt: skip
+
+
+def served_after(load: Load, ended: float, answer: dict[str, object]) -> Answer | None:
+    """The next picture of the worker that answered, begun after it did; of any that failed."""
+    meta = answer.get("meta")
+    worker = meta["worker"] if isinstance(meta, dict) else None
+    later = [a for a in list(load.answers) if a.status == 200 and a.dispatched > ended]
+    return next((a for a in later if worker in (None, a.meta["worker"])), None)
+
+
+@contextlib.contextmanager
+def little_memory(scene: Scene) -> Iterator[None]:
+    """Others take nearly all of every device's memory that is free."""
+    command = [sys.executable, "-c", HOG, str(SPARED_BYTES)]
+    hogs = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:")},
+        )
+        for device in scene.devices
+    ]
+    try:
+        for hog in hogs:
+            assert hog.stdout is not None
+            hog.stdout.readline()
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
 
 
 class Fault:

@@ -32,7 +32,7 @@ BETAS = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-UNETS: Mapping[str, dict[str, Any]] = {
+UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
     "sdxl": {
         "sample_size": 128,

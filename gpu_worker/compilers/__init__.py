@@ -31,9 +31,13 @@ class CannotCompile(Exception):
 
 
 class Compiler(Protocol):
-    """`buckets` are the row counts that it wants to see, None for any."""
+    """`buckets` are the row counts that it wants to see, None for any; `memory_format` is
+    how it wants convolutions' weights to lie on the device."""
 
-    buckets: tuple[int, ...] | None
+    @property
+    def buckets(self) -> tuple[int, ...] | None: ...
+    @property
+    def memory_format(self) -> torch.memory_format: ...
 
     def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
         """What runs such a call best by now; equal functions are the same code."""
@@ -60,7 +64,7 @@ def build(backend: Backend, cuda_graph: bool, device: str, cache: Path | None) -
     if backend == "inductor":
         from gpu_worker.compilers.inductor import Inductor
 
-        compiler = Inductor(cache)
+        compiler = Inductor(cache, torch.device(device))
     elif backend == "stable-fast":
         from gpu_worker.compilers.stable_fast import StableFast
 

@@ -82,6 +82,10 @@ class CudaGraphs:
         self.pool_bytes = 0
 
     @property
+    def memory_format(self) -> torch.memory_format:
+        return self._inner.memory_format
+
+    @property
     def graphs(self) -> int:
         return sum(entry.graph is not None for entry in self._entries.values())
 

@@ -55,6 +55,7 @@ class Order:
     config: dict[str, Any]
     dtype: torch.dtype
     device: torch.device
+    memory_format: torch.memory_format
     method: str
     layout: Layout
     arguments: Arguments
@@ -81,7 +82,12 @@ class Inductor:
 
     buckets: tuple[int, ...] | None = tuple(range(1, MAX_ROWS + 1))
 
-    def __init__(self, cache: Path | None) -> None:
+    def __init__(self, cache: Path | None, device: torch.device) -> None:
+        # With the rows dynamic, inductor leaves convolutions in the layout of their weights
+        # (torch 2.11: GraphLowering.decide_layout_opt), and a GPU's tensor cores want this one:
+        # seen 6.2 ms for two rows of an SD1.5 UNet on an H200, against 9.4 ms.
+        last = device.type == "cuda"
+        self.memory_format = torch.channels_last if last else torch.contiguous_format
         if cache is not None:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
         # A child for each compilation: what it held on the device is then free for sure.
@@ -100,7 +106,7 @@ class Inductor:
         if cached is None:
             self._consider(key, target, kwargs)
         elif cached.done() and key not in self._codes:
-            self._codes[key] = _loaded(cached, _order(target, kwargs), target.module)
+            self._codes[key] = _loaded(cached, self._order(target, kwargs), target.module)
         code = self._codes.get(key)
         return target.run if code is None else Compiled(target, code)
 
@@ -137,8 +143,24 @@ class Inductor:
         if calls < CALLS_BEFORE or len(self._cached) >= MAX_COMPILED or not _fits(target.module):
             return
         log.info("compiling %s.%s", target.architecture, target.method)
-        order = _order(target, tree_map(_looks, kwargs))
+        order = self._order(target, tree_map(_looks, kwargs))
         self._cached[key] = self._child.submit(_fill_cache, order, os.getpid())
+
+    def _order(self, target: Target, arguments: Arguments) -> Order:
+        module: Any = target.module
+        first, layout = next(module.parameters()), target.layout
+        assert layout is not None, "a target without a layout is not worth compiling"
+        return Order(
+            kind=type(module),
+            config=dict(module.config),
+            dtype=first.dtype,
+            device=first.device,
+            memory_format=self.memory_format,
+            method=target.method,
+            layout=layout,
+            arguments=arguments,
+            threads=torch.get_num_threads(),
+        )
 
 
 def _architecture(module: Any) -> Hashable:
@@ -158,22 +180,6 @@ def _fits(module: torch.nn.Module) -> bool:
     return free > size + SPARE_BYTES
 
 
-def _order(target: Target, arguments: Arguments) -> Order:
-    module: Any = target.module
-    first, layout = next(module.parameters()), target.layout
-    assert layout is not None, "a target without a layout is not worth compiling"
-    return Order(
-        kind=type(module),
-        config=dict(module.config),
-        dtype=first.dtype,
-        device=first.device,
-        method=target.method,
-        layout=layout,
-        arguments=arguments,
-        threads=torch.get_num_threads(),
-    )
-
-
 def _looks(leaf: Any) -> Any:
     return Like(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
@@ -188,6 +194,7 @@ def _fill_cache(order: Order, parent: int) -> float:
     with accelerate.init_empty_weights(include_buffers=False):
         module = order.kind.from_config(order.config)
     module = module.to(order.dtype).to_empty(device=order.device).eval()
+    module = module.to(memory_format=order.memory_format)
     example = tree_map(lambda leaf: _drawn(leaf, order.device), order.arguments)
     _compile(Order(**vars(order) | {"arguments": example}), module)
     return time.monotonic() - began

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from gpu_worker.compilers import Function
 from gpu_worker.interposer import Target
 
@@ -10,6 +12,7 @@ class Uncompiled:
     """The stock modules' own numbers, bit for bit."""
 
     buckets: tuple[int, ...] | None = None
+    memory_format = torch.contiguous_format
 
     def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
         return target.run

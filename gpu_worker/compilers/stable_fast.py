@@ -1,8 +1,7 @@
 """stable-fast 1.0.5, built by scripts/build_stable_fast: traced and fused code per module.
 
-It traces on the engine's thread at the second call of a shape, which takes seconds, and
-lays convolutions' weights out as channels_last, in place. Graphs are left to CudaGraphs:
-its own are cached without limit.
+It traces on the engine's thread at the second call of a shape, which takes seconds. Graphs
+are left to CudaGraphs: its own are cached without limit.
 """
 
 import importlib.util
@@ -37,6 +36,7 @@ class StableFast:
     """Denoisers and ControlNets only: its gain in a decoder does not pay for the trace."""
 
     buckets: tuple[int, ...] | None = tuple(range(1, 33))
+    memory_format = torch.channels_last
 
     def __init__(self, device: str) -> None:
         """Raises CannotCompile where the package is missing."""
@@ -81,7 +81,6 @@ class StableFast:
 
 def _traced(target: Target) -> Function:
     from sfast.compilers.diffusion_pipeline_compiler import CompilationConfig, _build_lazy_trace
-    from sfast.utils.memory_format import apply_memory_format
 
     began = time.monotonic()
     config = CompilationConfig.Default()
@@ -89,7 +88,6 @@ def _traced(target: Target) -> Function:
     # Half-precision sums are faster still, and visible.
     config.prefer_lowp_gemm = False
     module = target.module
-    apply_memory_format(module, memory_format=config.memory_format)
     trace = _build_lazy_trace(config, enable_triton_reshape=True, enable_triton_layer_norm=True)
     # The module's own forward: bound to it, so that its weights stay parameters of the trace.
     code: Function = trace(type(module).forward.__get__(module))

@@ -70,6 +70,16 @@ def train_paper(context: Context, plan: Plan) -> None:
         vae.save_pretrained(folder)
 
 
+def adopt_autoencoder(context: Context) -> None:
+    """Take the VAE of `context.start` as it is, instead of training one."""
+    if context.start is None:
+        raise ValueError("cannot adopt an autoencoder: no checkpoint to start with is named")
+    if not (context.work / "autoencoder").exists():
+        vae = AutoencoderKL.from_pretrained(context.start / "vae", dtype=torch.float32)
+        with new_folder(context.work / "autoencoder") as folder:
+            vae.save_pretrained(folder)
+
+
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, pixels: Tensor) -> None:
     """Rescale the latents, changing no picture, so that SCALING_FACTOR gives them unit variance.

@@ -50,6 +50,8 @@ _PLACES: Final = {
     "bottom": ("at the bottom", "near the bottom", "in the lower part", "bottom center"),
     "bottom right": ("in the bottom right corner", "at the bottom right", "in the lower right"),
 }
+_RELATION_ODDS: Final = 0.92
+"""How often at least a caption of two objects says which is where."""
 _SIDES: Final = {
     "left": ("left of", "to the left of", "on the left of", "on the left side of"),
     "right": ("right of", "to the right of", "on the right of", "on the right side of"),
@@ -190,7 +192,7 @@ def _subject(
         return f"{first} {place}".strip()
     second = _thing(row, 1, rng, nouns, size_odds)
     relation = RELATIONS[row.relation]
-    if rng.random() > max(place_odds, 0.8):
+    if rng.random() > max(place_odds, _RELATION_ODDS):
         return rng.choice((f"{first} and {second}", f"{second} and {first}", f"{first}, {second}"))
     near, far = _ENDS[relation]
     return rng.choice(

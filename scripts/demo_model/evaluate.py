@@ -5,48 +5,19 @@ python -m scripts.demo_model.evaluate --checkpoint gpu_worker/demo/checkpoint
 
 import argparse
 import json
-import random
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from scripts.demo_model.captions import Row, full_caption
 from scripts.demo_model.judge import judge
-from scripts.demo_model.latents import to_rows
-from scripts.demo_model.scenes import join, sample_scenes
+from scripts.demo_model.questions import Question, held_out_questions
 
 STEPS = 20
 GUIDANCE = 4.0
-_SEED = 20_000
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, the scene it describes and the seed to draw it with."""
-
-    prompt: str
-    row: Row
-    seed: int
-
-
-def held_out_questions(each: int, *, plain: bool = True) -> list[Question]:
-    """Return `each` prompts of one object and as many of two, of combinations never trained on."""
-    generator = torch.Generator().manual_seed(_SEED)
-    background = "plain" if plain else None
-    scenes = join(
-        [
-            sample_scenes(each, generator, held_out=True, objects=count, background=background)
-            for count in (1, 2)
-        ]
-    )
-    rng = random.Random(_SEED)
-    rows = to_rows(scenes)
-    return [Question(full_caption(row, rng), row, _SEED + i) for i, row in enumerate(rows)]
 
 
 def scores(questions: list[Question], pictures: list[Image.Image]) -> dict[str, float]:
@@ -81,9 +52,19 @@ def draw(
         ).images
 
 
+def contact_sheet(pictures: list[Image.Image], columns: int = 10) -> Image.Image:
+    """Put pictures of one size side by side, row by row."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height))
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * width, index // columns * height))
+    return sheet
+
+
 def load(checkpoint: Path, device: str) -> StableDiffusionPipeline:
     """Load a checkpoint folder with stock Diffusers, in float32."""
-    pipeline = DiffusionPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -97,10 +78,13 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--any-background", action="store_true", help="also gradients and stripes")
+    parser.add_argument("--pictures", type=Path, help="file to show the pictures in")
     arguments = parser.parse_args()
     pipeline = load(arguments.checkpoint, arguments.device)
     questions = held_out_questions(arguments.each, plain=not arguments.any_background)
     pictures = list(draw(pipeline, questions, arguments.batch, arguments.guidance))
+    if arguments.pictures:
+        contact_sheet(pictures).save(arguments.pictures)
     print(json.dumps(scores(questions, pictures), indent=1))
 
 

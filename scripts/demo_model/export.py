@@ -34,6 +34,9 @@ def export(work: Path, out: Path) -> None:
 
 def _export_checkpoint(work: Path, folder: Path) -> None:
     trained = work / "diffusion"
+    if not trained.exists():
+        trained = work / "averaged"
+        print("[export] the denoiser was not trained to the end", flush=True)
     pipeline = StableDiffusionPipeline(
         vae=load_autoencoder(work),
         text_encoder=CLIPTextModel.from_pretrained(trained / "text_encoder"),

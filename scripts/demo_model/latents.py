@@ -20,6 +20,7 @@ from scripts.demo_model.tokenizer import MAX_TOKENS, WordCache
 from scripts.demo_model.training import Context
 
 _CHUNK = 512
+_EARLY_STEPS = 400
 _EMPTY_SHARE, _FILLER_SHARE = 0.1, 0.03  # captions dropped, and captions that say nothing
 
 
@@ -37,7 +38,7 @@ class Batches:
 
     def rows(self, batch: int) -> Tensor:
         """Draw row numbers."""
-        return self._integers(len(self.latents), batch)
+        return self._integers(len(self.tokens), batch)
 
     def captions(self, rows: Tensor) -> Tensor:
         """Draw a caption for each row, some of them empty or meaningless: [batch, 77] int64."""
@@ -47,13 +48,19 @@ class Batches:
         chosen = torch.where(odds < _EMPTY_SHARE + _FILLER_SHARE, fillers, chosen)
         return torch.where(odds < _EMPTY_SHARE, self.unconditional[0], chosen).long()
 
-    def noise(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw Gaussian noise in the shape of the latents, and a timestep for each row."""
+    def noise(self, like: Tensor, early_share: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Draw Gaussian noise in the shape of the latents, and a timestep for each row.
+
+        `early_share` of the rows are from the noisier part, in which sampling settles the layout.
+        """
         noise = torch.randn(like.shape, generator=self.generator, device=like.device)
-        return noise, self._integers(1000, len(like))
+        timesteps = self._integers(1000, len(like))
+        early = round(early_share * len(like))
+        timesteps[:early] = 1000 - _EARLY_STEPS + self._integers(_EARLY_STEPS, early)
+        return noise, timesteps
 
     def _integers(self, end: int, count: int) -> Tensor:
-        device = self.latents.device
+        device = self.tokens.device
         return torch.randint(end, (count,), generator=self.generator, device=device)
 
 

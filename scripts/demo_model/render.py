@@ -30,8 +30,8 @@ def render(scenes: Scenes, size: int = NATIVE_SIZE, fill: Tensor | float = 1.0) 
         -1, 1, 1, 1
     )
     canvas = _ground(scenes, size)
-    distances = _distances(scenes, size)
-    shadows = _distances(scenes, size, _SHADOW)
+    distances = object_distances(scenes, size)
+    shadows = object_distances(scenes, size, _SHADOW)
     for which in (0, 1):
         distance, shadow = distances[:, which, None], shadows[:, which, None]
         shade = (0.5 - shadow / 0.03).clamp(0, 1)
@@ -44,7 +44,7 @@ def render(scenes: Scenes, size: int = NATIVE_SIZE, fill: Tensor | float = 1.0) 
 
 def render_edges(scenes: Scenes, size: int = NATIVE_SIZE) -> Tensor:
     """Draw the objects' contours, white on black, as [N, 3, size, size] float32 in 0..1."""
-    lines = _cover(_distances(scenes, size).abs() - _EDGE, size).amax(1, keepdim=True)
+    lines = _cover(object_distances(scenes, size).abs() - _EDGE, size).amax(1, keepdim=True)
     return lines.expand(-1, 3, -1, -1)
 
 
@@ -56,7 +56,7 @@ def render_paper(scenes: Scenes, size: int = NATIVE_SIZE, fill: Tensor | float =
     washed = torch.lerp(render(scenes, size, fill), cream, 0.28) * (0.35 + 0.65 * cream)
     rows = torch.arange(size, device=device).reshape(1, 1, -1, 1)
     laid = 1 - 0.05 * (0.5 + 0.5 * torch.cos(2 * math.pi * (rows + 0.5) / LAID_LINE_PIXELS))
-    contour = _cover(_distances(scenes, size).abs() - 0.01, size).amax(1, keepdim=True)
+    contour = _cover(object_distances(scenes, size).abs() - 0.01, size).amax(1, keepdim=True)
     return torch.lerp(washed * laid, ink, 0.8 * contour).clamp(0, 1)
 
 
@@ -86,7 +86,7 @@ def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def _distances(scenes: Scenes, size: int, offset: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+def object_distances(scenes: Scenes, size: int, offset: tuple[float, float] = (0.0, 0.0)) -> Tensor:
     """Return [N, 2, size, size] distances to the objects moved by `offset`, in image widths."""
     x, y = _grid(size, scenes.count.device)
     distances = torch.full((len(scenes), 2, size, size), _ABSENT, device=scenes.count.device)

@@ -22,6 +22,7 @@ _MARGIN = 0.035
 _PLAIN, _GRADIENT, _STRIPES = range(len(BACKGROUNDS))
 _BACKGROUND_ODDS = (0.6, 0.2, 0.2)
 _CENTRE_ODDS = 0.36
+_PAIR_SHARE = 0.65
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,14 @@ def join(parts: list[Scenes]) -> Scenes:
     return Scenes(
         **{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Scenes)}
     )
+
+
+def sample_training_scenes(count: int, generator: torch.Generator) -> Scenes:
+    """Draw scenes for whatever learns relations: most have two objects, in random order."""
+    pairs = round(_PAIR_SHARE * count)
+    parts = [(count - pairs, 1), (pairs, 2)]
+    scenes = join([sample_scenes(number, generator, objects=objects) for number, objects in parts])
+    return scenes[torch.randperm(count, generator=generator)]
 
 
 def sample_scenes(

@@ -25,6 +25,10 @@ class Plan:
     seconds: float
     scenes: int
     """Scenes drawn ahead; they are seen again and again, each time with fresh noise."""
+    tokens: int = 77
+    """Tokens that the text stage sees of each caption; fewer are faster on a CPU."""
+    until: float = math.inf
+    """When to end whatever is left, in seconds since the epoch: for stages that wait for others."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Context:
     seed: int
     compiled: bool
     start: Path | None = None
-    """An exported checkpoint whose weights to begin with, instead of random ones."""
+    """An exported checkpoint whose UNet and VAE to begin with, instead of random weights."""
 
     def autocast(self) -> torch.autocast:
         """Compute in bfloat16 on a GPU; a CPU is faster in float32."""
@@ -59,6 +63,7 @@ class Trainer:
             self.parameters, lr=plan.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=fused
         )
         self.step, self._started, self._earlier_seconds = 0, time.monotonic(), 0.0
+        self._ceiling = plan.seconds
 
     @property
     def seconds(self) -> float:
@@ -68,11 +73,13 @@ class Trainer:
     @property
     def progress(self) -> float:
         """Share of the plan that is done, 0..1, in steps or in seconds, whichever is further."""
-        return min(1.0, max(self.step / self.plan.steps, self.seconds / self.plan.seconds))
+        return min(1.0, max(self.step / self.plan.steps, self.seconds / self._ceiling))
 
     def run(self, loss: Callable[[], Tensor], after: Callable[[], None] = lambda: None) -> None:
         """Take steps until the plan is done, printing the loss now and then."""
         self._started = time.monotonic()
+        left = max(1.0, self.plan.until - time.time())
+        self._ceiling = min(self.plan.seconds, self._earlier_seconds + left)
         average = math.nan
         while self.progress < 1:
             value = self.take_step(loss())

@@ -48,7 +48,7 @@ def call(rows: int, width: int = 8) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def inductor(tmp_path_factory: pytest.TempPathFactory) -> Inductor:
-    return Inductor(tmp_path_factory.mktemp("cache"))
+    return Inductor(tmp_path_factory.mktemp("cache"), torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -216,6 +216,26 @@ def test_jobs_share_forwards_and_one_that_joins_later_shares_the_rest(denoiser: 
     assert denoiser.rows == [2, 3, 3, 2]
 
 
+def test_a_job_that_keeps_the_thread_waiting_goes_on_last(
+    denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, turns = [0.0], list[str]()
+    monkeypatch.setattr("gpu_worker.engine.time.perf_counter", lambda: clock[0])
+
+    def body(name: str, stall_seconds: float) -> None:
+        for _ in range(3):
+            denoiser(torch.zeros(1, 2), 0)
+            turns.append(name)
+            clock[0] += stall_seconds
+
+    engine = engine_of(denoiser)
+    engine.submit(Task(1, lambda: body("stalls", 0.03)))
+    engine.submit(Task(2, lambda: body("quick", 0.001)))
+    engine.run_until_idle()
+    assert turns == ["stalls", "quick", "quick", "stalls", "quick", "stalls"]
+    assert denoiser.rows == [2, 2, 2]
+
+
 def test_a_task_knows_how_many_pictures_shared_its_forwards(denoiser: Denoiser) -> None:
     engine = engine_of(denoiser)
     tasks = [step_task(denoiser, 1, 4), step_task(denoiser, 2, 2)]

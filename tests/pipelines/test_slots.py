@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker import folders, slots
 from gpu_worker.host_tier import CannotMap, HostTier, MappedFile
+from gpu_worker.modules import Modules
 from gpu_worker.slots import DoesNotFit, Spares, exchange, signature, skeleton
 from tests.tools import tiny
 
@@ -84,6 +85,21 @@ def test_a_filled_skeleton_is_as_if_loaded(
     assert built is not None
     exchange(built, weights_of(folder, dtype))
     assert_the_same(built, folders.load_part(folder, kind, dtype))
+
+
+def test_a_modules_layout_in_memory_outlives_an_exchange(tiny_models: Path, other: Path) -> None:
+    parts, paths = ("unet", "vae"), [root / "sd15" for root in (tiny_models, other)]
+    layout = torch.channels_last
+    modules = Modules("cpu", torch.float32, HostTier("cpu", BUDGET), layout)
+    for part in parts:
+        kind = kind_of(paths[0], part)
+        first = modules.make(modules.of_folder(paths[0] / part, kind))
+        modules.spare({part: first})
+        second = modules.make(modules.of_folder(paths[1] / part, kind))
+        assert second is first
+        assert_the_same(second, folders.load_part(paths[1] / part, kind, torch.float32))
+        weights = [each for each in second.parameters() if each.dim() == 4]
+        assert all(weight.is_contiguous(memory_format=layout) for weight in weights)
 
 
 def test_weights_that_lack_something_change_nothing(tiny_models: Path, other: Path) -> None:
