@@ -7,6 +7,8 @@ of its range; single files have their tensors where they happen to end up, on mu
 import mmap
 import os
 import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -48,8 +50,31 @@ class HostCopy:
             found[name] = whole[begin:end].view(self._dtype).view(shape)
         return found
 
-    def release(self) -> None:
-        """Nothing to be told to a driver."""
+
+class HostCopies:
+    """The copies that were used last, within `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held: OrderedDict[Hashable, HostCopy] = OrderedDict()
+
+    def take(self, key: Hashable, weights: Weights, dtype: torch.dtype) -> Weights:
+        """The weights of this key in this type, copied when they are first asked for; whoever
+        takes them may write to them."""
+        copy = self._held.pop((key, dtype), None) or HostCopy(weights, dtype)
+        while self._held and self.bytes + copy.bytes > self._max_bytes:
+            self._held.popitem(last=False)
+        if copy.bytes <= self._max_bytes:
+            self._held[key, dtype] = copy
+        return copy.weights()
+
+    @property
+    def bytes(self) -> int:
+        return sum(copy.bytes for copy in self._held.values())
+
+    def clear(self) -> None:
+        """Their memory is free once no module uses it."""
+        self._held.clear()
 
 
 def _content(tensor: torch.Tensor) -> Any:

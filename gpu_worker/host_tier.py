@@ -2,8 +2,7 @@
 
 Every worker of the host shares the pages of one file. From registered memory a copy to
 the device runs at the bus's full speed (seen on an H200: 55 GB/s, against 7.8 GB/s from
-pageable memory). On a CPU a folder's file is used where it is mapped, a single file's weights
-by a copy that is kept here beside it.
+pageable memory). On a CPU a folder's mapping is used as it is (single files: host_copies.py).
 """
 
 import json
@@ -13,13 +12,13 @@ import os
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_worker.host_copies import HostCopy, Weights
+from gpu_worker.host_copies import Weights
 
 MAX_HEADER_BYTES = 100 * 2**20
 REGISTER_READ_ONLY = 0x08
@@ -88,17 +87,16 @@ class MappedFile:
 
 
 class HostTier:
-    """The files and copies that were used last, within `max_bytes`; files are registered where
-    there is a GPU."""
+    """The files that were used last, within `max_bytes`, registered where there is a GPU."""
 
     def __init__(self, device: str, max_bytes: int) -> None:
         self._registers = torch.device(device).type == "cuda"
-        self._max_bytes = max_bytes
-        self._held: OrderedDict[Hashable, MappedFile | HostCopy] = OrderedDict()
+        self.max_bytes = max_bytes
+        self._held: OrderedDict[tuple[int, ...], MappedFile] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        return sum(held.bytes for held in self._held.values())
+        return sum(file.bytes for file in self._held.values())
 
     def weights(self, files: Sequence[Path]) -> Weights:
         """All tensors of some files by name. Raises CannotMap, OSError."""
@@ -107,52 +105,28 @@ class HostTier:
             found |= self._file(path).weights
         return found
 
-    def copies(self, path: Path, part: Hashable, weights: Weights, dtype: torch.dtype) -> Weights:
-        """A file's `part` in this type, copied when it is first asked for; to be written at will.
-
-        Raises OSError.
-        """
-        key = (identity(path), part, dtype)
-        copy = self._held.get(key)
-        if not isinstance(copy, HostCopy):
-            copy = HostCopy(weights, dtype)
-        self._keep(key, copy)
-        return copy.weights()
-
     def holds(self, files: Sequence[Path]) -> bool:
         """Whether all of these files are mapped, and as they are now."""
         return bool(files) and all(identity(path) in self._held for path in files)
 
     def clear(self) -> None:
-        self._make_room(self._max_bytes)
-
-    def drop_copies(self) -> None:
-        """A copy's memory is free once no module uses it."""
-        for key in [key for key, held in self._held.items() if isinstance(held, HostCopy)]:
-            del self._held[key]
+        self._make_room(self.max_bytes)
 
     def _file(self, path: Path) -> MappedFile:
         key = identity(path)
-        file = self._held.get(key)
-        if isinstance(file, MappedFile):
+        if key in self._held:
             self._held.move_to_end(key)
-            return file
+            return self._held[key]
         file = MappedFile(path)
-        if self._keep(key, file) and self._registers:
-            file.register()
+        self._make_room(file.bytes)
+        if file.bytes <= self.max_bytes:
+            self._held[key] = file
+            if self._registers:
+                file.register()
         return file
 
-    def _keep(self, key: Hashable, held: MappedFile | HostCopy) -> bool:
-        """As the one used last; whether there is room for it."""
-        self._held.pop(key, None)
-        self._make_room(held.bytes)
-        if held.bytes > self._max_bytes:
-            return False
-        self._held[key] = held
-        return True
-
     def _make_room(self, size: int) -> None:
-        while self._held and self.bytes + size > self._max_bytes:
+        while self._held and self.bytes + size > self.max_bytes:
             _, oldest = self._held.popitem(last=False)
             oldest.release()
 

@@ -19,8 +19,8 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from gpu_worker import folders, single_files
 from gpu_worker.folders import BrokenModel
-from gpu_worker.host_copies import Weights
-from gpu_worker.host_tier import CannotMap, HostTier
+from gpu_worker.host_copies import HostCopies, Weights
+from gpu_worker.host_tier import CannotMap, HostTier, identity
 from gpu_worker.single_files import Plan
 from gpu_worker.slots import DoesNotFit, Spares, exchange, lookup, signature, skeleton
 from gpu_worker.vaes import settled
@@ -61,6 +61,7 @@ class Modules:
         self._dtype = dtype
         self._memory_format = memory_format
         self._host = host
+        self._copies = HostCopies(host.max_bytes)
         self._spares = Spares()
         self._let_go = False
         self._keys: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
@@ -86,7 +87,7 @@ class Modules:
         def ready(weights: Weights) -> Weights:
             if self._device.type != "cpu":
                 return single_files.copied_to(str(self._device), self._dtype)(weights)
-            return self._host.copies(Path(model.path), part, weights, self._dtype)
+            return self._copies.take((identity(Path(model.path)), part), weights, self._dtype)
 
         return self._wanted(lambda: single_files.built(plan, ready), plan, upcasts, True)
 
@@ -127,7 +128,7 @@ class Modules:
 
     def free_host(self) -> None:
         """Gives the memory of copies that nobody uses back to the host."""
-        self._host.drop_copies()
+        self._copies.clear()
 
     def _folder_plan(self, folder: Path, kind: type[Any]) -> Plan:
         """Raises BrokenModel, CannotMap, OSError, ValueError."""

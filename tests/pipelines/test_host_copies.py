@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpu_worker import host_tier
-from gpu_worker.host_copies import BOUNDARY_BYTES, HostCopy
+from gpu_worker import host_copies
+from gpu_worker.host_copies import BOUNDARY_BYTES, HostCopies, HostCopy
 from gpu_worker.host_tier import HostTier
 from gpu_worker.library import Holding, Library
 from ipc.messages import Model
@@ -27,7 +27,7 @@ def copies_made(monkeypatch: pytest.MonkeyPatch) -> list[HostCopy]:
             super().__init__(weights, dtype)
             made.append(self)
 
-    monkeypatch.setattr(host_tier, "HostCopy", Counted)
+    monkeypatch.setattr(host_copies, "HostCopy", Counted)
     return made
 
 
@@ -55,11 +55,10 @@ def test_a_copy_is_of_its_type_and_on_boundaries(dtype: torch.dtype) -> None:
 def test_what_is_written_to_a_copys_weights_is_seen_nowhere_else(tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in WEIGHTS.items()}, path)
-    host = HostTier("cpu", BUDGET)
-    mapped = host.weights([path])
-    one, two = (host.copies(path, "part", mapped, torch.float32) for _ in range(2))
+    mapped, copies = HostTier("cpu", BUDGET).weights([path]), HostCopies(BUDGET)
+    one, two = (copies.take("part", mapped, torch.float32) for _ in range(2))
     one["even"].zero_()
-    three = host.copies(path, "part", mapped, torch.float32)
+    three = copies.take("part", mapped, torch.float32)
     for seen in (two, three, mapped, load_file(path)):
         assert torch.equal(seen["even"], torch.ones(4, 4))
 
@@ -89,6 +88,16 @@ def test_a_file_that_was_replaced_is_copied_anew(
     Path(newer).replace(model.path)
     library.checkpoint(model)
     assert len(copies_made) == 6
+
+
+def test_the_copies_that_were_used_last_stay(copies_made: list[HostCopy]) -> None:
+    size = HostCopy(WEIGHTS, torch.float32).bytes
+    copies = HostCopies(2 * size)
+    for key in ("a", "b", "a", "c", "a"):
+        copies.take(key, WEIGHTS, torch.float32)
+    assert (len(copies_made), copies.bytes) == (3, 2 * size)
+    copies.take("b", WEIGHTS, torch.float32)
+    assert len(copies_made) == 4
 
 
 def test_copies_stay_within_the_hosts_budget_and_go_with_the_idle_models(
