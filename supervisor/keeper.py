@@ -126,7 +126,7 @@ class Keeper(Observer):
         return events
 
     def _node(self) -> dict[str, object]:
-        stats = monitoring.system_stats(self._settings.data_dir)
+        stats = monitoring.system_stats(self._settings.data_dir, self._quota)
         return webhooks.node_info(self._settings, stats)
 
     # Models that come and go: told in order by a task, because the fleet does not wait.

@@ -158,6 +158,7 @@ class Server:
         self.fleet.drain()
         with anyio.move_on_after(self.settings.drain_seconds):
             await self._idle()
+        self.service.stop()
         self.fleet.stop()
         await workers_gone.wait()
         await self._deliverer.aclose(OUTBOX_SECONDS)

@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from supervisor import monitoring
+from supervisor.quota import Quota
+from supervisor.settings import GB
 
 
 class Frequency(msgspec.Struct, forbid_unknown_fields=True):
@@ -74,6 +76,17 @@ def test_the_figures_have_the_promised_shape(tmp_path: Path) -> None:
 
 def test_a_data_folder_that_is_gone_does_not_fail_the_caller(tmp_path: Path) -> None:
     assert monitoring.storage(tmp_path / "gone") == {"used": None, "free": None}
+
+
+def test_with_a_quota_the_storage_is_that_of_the_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    quota = Quota(tmp_path, 3 * 2**20)
+    quota.walk()
+    assert monitoring.storage(tmp_path, quota) == {"used": 2**20 / GB, "free": 2 * 2**20 / GB}
+    quota.limit_bytes = 2**19
+    assert monitoring.storage(tmp_path, quota)["free"] == 0
+    quota.limit_bytes = 0
+    assert monitoring.storage(tmp_path, quota) == pytest.approx(monitoring.storage(tmp_path), 0.01)
 
 
 class FakeNvml:
