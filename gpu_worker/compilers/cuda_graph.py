@@ -78,7 +78,7 @@ class CudaGraphs:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         total = torch.cuda.get_device_properties(device).total_memory
         self._max_pool_bytes = int(total * MAX_POOL_PART)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
         self.pool_bytes = 0
 
     @property
@@ -141,6 +141,10 @@ class CudaGraphs:
     def _capture(self, entry: Entry, kwargs: dict[str, Any]) -> None:
         if self.pool_bytes > self._max_pool_bytes:
             self._drop_graphs()
+        if not self.graphs:
+            # The allocator forgets a pool with its last graph: capturing into it again fails
+            # (seen when compiled code took the only graph's place).
+            self._pool, self.pool_bytes = torch.cuda.graph_pool_handle(), 0
         before = torch.cuda.memory_reserved(self._device)
         try:
             entry.graph = Graph(entry.function, kwargs, self._pool)
@@ -156,7 +160,6 @@ class CudaGraphs:
         """What was seen stays known, so graphs come back as they are needed."""
         for entry in self._entries.values():
             entry.graph, entry.refused = None, False
-        self._pool = torch.cuda.graph_pool_handle()
         self.pool_bytes = 0
         torch.cuda.empty_cache()
 

@@ -6,6 +6,7 @@ Until then calls run uncompiled. Not a thread: while torch traces, it replaces t
 every module in the process.
 """
 
+import copyreg
 import logging
 import os
 import time
@@ -38,6 +39,17 @@ SPARE_BYTES = 4 * 2**30
 log = logging.getLogger(__name__)
 
 Code = Callable[[torch.nn.Module, Arguments], Any]
+
+
+def memory_format(name: str) -> torch.memory_format:
+    found: torch.memory_format = getattr(torch, name.removeprefix("torch."))
+    return found
+
+
+# Keys of inductor's cache are hashes of pickles, and the pickle of a memory format names the
+# module that Python finds it in first, which is another one in each kind of process: what the
+# child compiled was not found by its parent (seen with torch 2.11 and 2.13).
+copyreg.pickle(torch.memory_format, lambda each: (memory_format, (str(each),)))
 
 
 @dataclass(frozen=True)

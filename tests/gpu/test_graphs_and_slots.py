@@ -1,6 +1,7 @@
 """On a GPU: graphs and compiled code outlive the checkpoint that they were made over."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,30 @@ def test_a_graph_gives_the_numbers_of_whichever_checkpoint_is_in_its_slot(
     assert torch.equal(graphs.run(wanted, (), kwargs)[0], first)
 
 
+class Renewed(Uncompiled):
+    """Like a compiler whose code becomes ready in between."""
+
+    def __init__(self) -> None:
+        self.code: Any = None
+
+    def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.code or target.run
+
+
+def test_the_only_graph_is_captured_anew_by_code_that_takes_its_place(
+    library: Library, models: list[Model]
+) -> None:
+    inner = Renewed()
+    graphs = CudaGraphs(inner, torch.device(DEVICE))
+    unet = library.checkpoint(models[0]).parts["unet"]
+    wanted, kwargs = target(unet), call(2, unet)
+    first = [graphs.run(wanted, (), kwargs)[0] for _ in range(3)]
+    inner.code = partial(wanted.run)
+    second = [graphs.run(wanted, (), kwargs)[0] for _ in range(3)]
+    assert graphs.graphs == 1
+    assert all(torch.allclose(each, first[0], atol=1e-3) for each in second)
+
+
 def test_graphs_that_gave_way_come_back(library: Library, models: list[Model]) -> None:
     graphs = CudaGraphs(Uncompiled(), torch.device(DEVICE))
     unet = library.checkpoint(models[0]).parts["unet"]
@@ -133,6 +158,16 @@ def test_swaps_leave_device_memory_flat(library: Library, models: list[Model]) -
         return torch.cuda.memory_allocated(DEVICE)
 
     assert swap(10) == swap(50)
+
+
+def test_a_file_can_be_registered_where_another_was_dropped(models: list[Model]) -> None:
+    (file,) = (Path(models[0].path) / "unet").glob("*.safetensors")
+    for _ in range(3):  # mappings of one size are given one address after another's end
+        mapped = MappedFile(file)
+        mapped.register()
+        assert mapped.registered
+        del mapped
+    torch.zeros(1, device=DEVICE)
 
 
 def test_the_host_registers_what_it_holds(models: list[Model]) -> None:

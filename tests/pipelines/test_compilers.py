@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from gpu_worker.batching import Layout
 from gpu_worker.compilers import CannotCompile, build, shape_key
@@ -68,6 +69,17 @@ def test_without_a_compiler_a_call_is_the_modules_own() -> None:
     kwargs = call(2)
     result = Uncompiled().run(target(module), (), kwargs)
     assert torch.equal(result[0], module(**kwargs)[0])
+
+
+def test_what_the_child_compiled_is_found_and_not_compiled_again(inductor: Inductor) -> None:
+    # Keys hold the layouts of weights, which are pickled otherwise in every kind of process.
+    module = Denoiser(12)
+    wanted, kwargs = target(module), call(2, 12)
+    warmed(inductor, wanted, kwargs)
+    counters.clear()
+    assert isinstance(inductor.function(wanted, (), kwargs), Compiled)
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1
+    assert counters["inductor"]["fxgraph_cache_miss"] == 0
 
 
 def test_calls_run_uncompiled_until_the_code_is_ready(inductor: Inductor) -> None:
