@@ -18,7 +18,7 @@ from scripts.demo_model.render import large_shape
 from scripts.demo_model.world import NATIVE_SIZE
 
 _COLUMNS: Final = 4
-_GAP, _TEXT_HEIGHT = 12, 46  # pixels
+_GAP, _TEXT_HEIGHT = 12, 50  # pixels
 _LETTERS: Final = 22  # of a line of text
 _HEART: Final = "a large blue heart on a yellow background"
 _PICTURES: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
@@ -30,8 +30,8 @@ _PICTURES: Final[tuple[tuple[str, str, dict[str, Any]], ...]] = (
     ("a black heart right of a white star on a green background", "", {}),
     ("a red triangle above a pink diamond on a purple background", "", {}),
     ("an orange ring below a green star on a gradient from blue to white", "", {}),
-    (_HEART, "LoRA demo-outline at 0.5", {"loras": [{"model": "demo-outline", "scale": 0.5}]}),
-    (_HEART, "LoRA demo-outline", {"loras": [{"model": "demo-outline", "scale": 1.0}]}),
+    (_HEART, "LoRA demo-outline, 0.5", {"loras": [{"model": "demo-outline", "scale": 0.5}]}),
+    (_HEART, "LoRA demo-outline, 1.0", {"loras": [{"model": "demo-outline", "scale": 1.0}]}),
     (_HEART, "VAE demo-paper", {"vae": "demo-paper"}),
     (
         "a brown shape on a pink background",
