@@ -12,6 +12,8 @@ from ipc.messages import PROTOCOL_VERSION, Memory, Ready, Start
 
 CPU_SHARE = 0.5
 HOST_SHARE = 0.5
+COPIES_SHARE = 0.3
+"""On a CPU, beside CPU_SHARE of the same memory."""
 CUDA_SHARE = 0.85
 PACKAGES = {
     "torch": "torch",
@@ -39,10 +41,12 @@ def budget_bytes(start: Start) -> int:
 
 
 def host_bytes(start: Start) -> int:
-    """Bytes of files to keep mapped and registered: as asked, else half of the host's memory."""
+    """Bytes of files to keep mapped and registered, or on a CPU of copies of single files: as
+    asked, else a share of the host's memory."""
     if start.host_memory_bytes is not None:
         return start.host_memory_bytes
-    return int(psutil.virtual_memory().total * HOST_SHARE)
+    share = COPIES_SHARE if start.device == "cpu" else HOST_SHARE
+    return int(psutil.virtual_memory().total * share)
 
 
 def memory(start: Start) -> Memory:
@@ -51,6 +55,11 @@ def memory(start: Start) -> Memory:
         return Memory(total=host.total, used=host.total - host.available, free=host.available)
     free, total = torch.cuda.mem_get_info(start.device)
     return Memory(total=total, used=total - free, free=free)
+
+
+def allocated_bytes(start: Start) -> int | None:
+    """What this process's tensors take on the device; a CPU's allocator does not tell."""
+    return None if start.device == "cpu" else torch.cuda.memory_allocated(start.device)
 
 
 def free(start: Start) -> None:

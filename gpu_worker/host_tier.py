@@ -2,7 +2,7 @@
 
 Every worker of the host shares the pages of one file. From registered memory a copy to
 the device runs at the bus's full speed (seen on an H200: 55 GB/s, against 7.8 GB/s from
-pageable memory). On a CPU the mapping is used as it is.
+pageable memory). On a CPU a folder's mapping is used as it is (single files: host_copies.py).
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-Weights = dict[str, torch.Tensor]
+from gpu_worker.host_copies import Weights
 
 MAX_HEADER_BYTES = 100 * 2**20
 REGISTER_READ_ONLY = 0x08
@@ -91,7 +91,7 @@ class HostTier:
 
     def __init__(self, device: str, max_bytes: int) -> None:
         self._registers = torch.device(device).type == "cuda"
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._held: OrderedDict[tuple[int, ...], MappedFile] = OrderedDict()
 
     @property
@@ -107,31 +107,31 @@ class HostTier:
 
     def holds(self, files: Sequence[Path]) -> bool:
         """Whether all of these files are mapped, and as they are now."""
-        return bool(files) and all(_identity(path) in self._held for path in files)
+        return bool(files) and all(identity(path) in self._held for path in files)
 
     def clear(self) -> None:
-        self._make_room(self._max_bytes)
+        self._make_room(self.max_bytes)
 
     def _file(self, path: Path) -> MappedFile:
-        identity = _identity(path)
-        if identity in self._held:
-            self._held.move_to_end(identity)
-            return self._held[identity]
+        key = identity(path)
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key]
         file = MappedFile(path)
         self._make_room(file.bytes)
-        if file.bytes <= self._max_bytes:
-            self._held[identity] = file
+        if file.bytes <= self.max_bytes:
+            self._held[key] = file
             if self._registers:
                 file.register()
         return file
 
     def _make_room(self, size: int) -> None:
-        while self._held and self.bytes + size > self._max_bytes:
+        while self._held and self.bytes + size > self.max_bytes:
             _, oldest = self._held.popitem(last=False)
             oldest.release()
 
 
-def _identity(path: Path) -> tuple[int, ...]:
+def identity(path: Path) -> tuple[int, ...]:
     """Another one when the file is replaced or changed."""
     status = os.stat(path)
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

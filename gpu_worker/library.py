@@ -4,82 +4,24 @@ Knows paths, bytes and who uses what; knows no requests. One thread uses it.
 """
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from transformers import CLIPImageProcessor
 
-from gpu_worker import adapters, folders, single_files
-from gpu_worker.adapters import AdapterState
-from gpu_worker.failures import (
-    JobCancelled,
-    MemoryShort,
-    Refusal,
-    is_device_failure,
-    is_out_of_memory,
-)
-from gpu_worker.folders import BrokenModel
+from gpu_worker import adapters
+from gpu_worker.failures import MemoryShort, Refusal
+from gpu_worker.holdings import Holding as Holding  # callers take it from here
+from gpu_worker.holdings import Kind, on_device, on_host
 from gpu_worker.host_tier import HostTier
 from gpu_worker.lora_files import Lora, LoraFiles
-from gpu_worker.modules import Modules, Wanted
-from gpu_worker.recipes import Recipe, Recipes, existing_folder, folder_bytes
+from gpu_worker.modules import Modules
+from gpu_worker.reader import Nothing as Nothing
+from gpu_worker.reader import Reader, said_of
+from gpu_worker.recipes import Recipes
 from ipc.messages import Model, Resident
 
-Kind = Literal["checkpoint", "vae", "controlnet", "safety_checker"]
-Nothing = Callable[[], None]
-
 HOST_BYTES = 16 * 2**30
-
-ADAPTED = ("unet", "text_encoder", "text_encoder_2")
-FIELDS: dict[Kind, str] = {
-    "checkpoint": "checkpoint",
-    "vae": "vae",
-    "controlnet": "control_model",
-    "safety_checker": "safety_checker",
-}
-
-
-@dataclass
-class Holding:
-    """One model in memory. `parts` are its modules and settings by the pipelines' names."""
-
-    model: Model
-    kind: Kind
-    parts: dict[str, Any]
-    bytes: int
-    pipeline: str = ""
-    """The class that a checkpoint's folder names."""
-    vae: str | None = None
-    """The VAE that was last used with a checkpoint."""
-    last_used: float = field(default_factory=time.time)
-    users: int = 0
-    loras: tuple[str, ...] = ()
-    """The names of the LoRAs that are merged into a checkpoint."""
-    recipe: Recipe | None = None
-    """What a checkpoint was made of."""
-
-    @property
-    def module(self) -> Any:
-        """The one module of what is not a checkpoint."""
-        return self.parts["module"]
-
-    @functools.cached_property
-    def adapters(self) -> AdapterState:
-        """What is merged into a checkpoint's modules."""
-        modules = {name: self.parts[name] for name in ADAPTED if self.parts.get(name) is not None}
-        if self.recipe is None:
-            return AdapterState(self.model.name, modules)
-        return AdapterState(self.model.name, modules, self.recipe.original)
-
-    def clear(self) -> None:
-        """Lets go of the modules."""
-        self.parts.clear()
-        self.__dict__.pop("adapters", None)
 
 
 class Library:
@@ -102,6 +44,7 @@ class Library:
         host = HostTier(device, host_bytes)
         self._modules = Modules(device, dtype, host, memory_format)
         self._recipes = Recipes(self._modules, host, dtype, device)
+        self._reader = Reader(self._modules, self._recipes, dtype, self._make_room)
         self._held: dict[Hashable, Holding] = {}
 
     @contextlib.contextmanager
@@ -121,18 +64,18 @@ class Library:
 
         Raises Refusal, MemoryShort, or what `step` raises.
         """
-        return self._get("checkpoint", model, lambda: self._read_checkpoint(model, step))
+        return self._get("checkpoint", model, lambda: self._reader.checkpoint(model, step))
 
     def vae(self, model: Model, upcasts: bool) -> Holding:
         """A VAE of its own; `upcasts`: it is for pipelines that decode in float32."""
-        return self._get("vae", model, lambda: self._read_module(model, "vae", upcasts), upcasts)
+        return self._get("vae", model, lambda: self._reader.module(model, "vae", upcasts), upcasts)
 
     def controlnet(self, model: Model) -> Holding:
-        return self._get("controlnet", model, lambda: self._read_module(model, "controlnet"))
+        return self._get("controlnet", model, lambda: self._reader.module(model, "controlnet"))
 
     def safety_checker(self, model: Model) -> Holding:
         """Its `module` and its `feature_extractor`."""
-        return self._get("safety_checker", model, lambda: self._read_safety_checker(model))
+        return self._get("safety_checker", model, lambda: self._reader.safety_checker(model))
 
     def pair(self, checkpoint: Holding, vae: Holding) -> None:
         """Notes which VAE a checkpoint was last used with."""
@@ -173,8 +116,8 @@ class Library:
         paths = {holding.model.path for holding in there}
         # A CPU has no tier of its own: what its file's pages hold is the system's affair.
         beside = [] if self.device == "cpu" else self._recipes.held()
-        return [_on_device(holding) for holding in there] + [
-            _on_host(recipe) for recipe in beside if recipe.model.path not in paths
+        return [on_device(holding) for holding in there] + [
+            on_host(recipe) for recipe in beside if recipe.model.path not in paths
         ]
 
     def drop_idle(self) -> bool:
@@ -183,6 +126,7 @@ class Library:
         for holding in idle:
             self._drop(holding)
         self._modules.free()
+        self._modules.free_host()
         self._changed()
         return bool(idle)
 
@@ -192,7 +136,7 @@ class Library:
         # The same file is another model under another configuration.
         key = (kind, model.path, model.config, model.prediction_type, upcasts)
         if key not in self._held:
-            with _said_of(kind, model):
+            with said_of(kind, model):
                 holding = read()
             self._held[key] = holding
             self._changed()
@@ -203,67 +147,9 @@ class Library:
             self._changed()
         return holding
 
-    def _read_checkpoint(self, model: Model, step: Nothing) -> Holding:
-        recipe = self._recipes.checkpoint(model)
-        self._make_room(recipe.bytes, model)
-        missing = {name: part for name, part in recipe.wanted.items() if name not in recipe.small}
-        made = self._made(missing, step)
-        for name, part in made.items():
-            if not isinstance(part, torch.nn.Module):
-                recipe.small[name] = part
-        if "scheduler" in made:
-            told = model.prediction_type
-            changed = single_files.with_prediction_type(made["scheduler"], told)
-            recipe.small["scheduler"] = changed
-        parts = recipe.settings | made | recipe.small
-        return Holding(model, "checkpoint", parts, recipe.bytes, recipe.pipeline, recipe=recipe)
-
-    def _made(self, wanted: dict[str, Wanted], step: Nothing) -> dict[str, Any]:
-        """All parts; whatever is raised, no spare storage is left."""
-        held = {}
-        self._modules.reserve(wanted.values())
-        try:
-            for name, part in wanted.items():
-                step()
-                held[name] = self._modules.make(part)
-        finally:
-            self._modules.reserve(())
-        return held
-
-    def _read_module(self, model: Model, kind: Kind, upcasts: bool = False) -> Holding:
-        if model.single_file:
-            plan = single_files.module_plan(model, kind, self._recipes.weights(model))
-            size = single_files.tensor_bytes(plan.weights, self.dtype)
-            wanted = self._modules.of_file(plan, upcasts)
-        else:
-            root = existing_folder(model)
-            size = folder_bytes(self.dtype, root)
-            wanted = self._modules.of_folder(root, folders.module_class(root), upcasts)
-        self._make_room(size, model)
-        return Holding(model, kind, self._made({"module": wanted}, lambda: None), size)
-
-    def _read_safety_checker(self, model: Model) -> Holding:
-        root = existing_folder(model)
-        size = folder_bytes(self.dtype, root)
-        self._make_room(size, model)
-        # Within a checkpoint its pictures are prepared as the folder beside it says.
-        beside = root.parent / "feature_extractor"
-        extractor = next(
-            (each for each in (root, beside) if (each / "preprocessor_config.json").is_file()), None
-        )
-        parts = self._made(
-            {"module": self._modules.of_folder(root, StableDiffusionSafetyChecker)}, lambda: None
-        )
-        parts["feature_extractor"] = (
-            CLIPImageProcessor()
-            if extractor is None
-            else folders.load_part(extractor, CLIPImageProcessor, self.dtype)
-        )
-        return Holding(model, "safety_checker", parts, size)
-
     def _make_room(self, size: int, model: Model) -> None:
         """Drops as much as so many bytes need. Raises MemoryShort."""
-        while self._total_bytes() + size > self.budget_bytes:
+        while self.held_bytes() + size > self.budget_bytes:
             idle = [holding for holding in self._held.values() if not holding.users]
             if not idle:
                 raise MemoryShort(
@@ -275,7 +161,8 @@ class Library:
             self._drop(oldest)
             self._changed()
 
-    def _total_bytes(self) -> int:
+    def held_bytes(self) -> int:
+        """Of the weights that are on the device, by their files."""
         return sum(holding.bytes for holding in self._held.values())
 
     def _drop(self, holding: Holding) -> None:
@@ -286,50 +173,3 @@ class Library:
         if holding.recipe is not None:
             holding.recipe.last_used = holding.last_used
         holding.clear()
-
-
-def _on_device(holding: Holding) -> Resident:
-    return Resident(
-        checkpoint=holding.model.name,
-        path=holding.model.path,
-        family=holding.model.family,
-        vae=holding.vae,
-        loras=list(holding.loras),
-        tier="device",
-        bytes=holding.bytes,
-        last_used=holding.last_used,
-    )
-
-
-def _on_host(recipe: Recipe) -> Resident:
-    return Resident(
-        checkpoint=recipe.model.name,
-        path=recipe.model.path,
-        family=recipe.model.family,
-        vae=None,
-        loras=[],
-        tier="host",
-        bytes=recipe.bytes,
-        last_used=recipe.last_used,
-    )
-
-
-@contextlib.contextmanager
-def _said_of(kind: Kind, model: Model) -> Iterator[None]:
-    """Turns whatever goes wrong while a model is read into a Refusal that names it."""
-    field = FIELDS[kind]
-    try:
-        yield
-    except (Refusal, JobCancelled, MemoryShort):
-        raise
-    except FileNotFoundError as error:
-        detail = f"cannot load {model.name!r}: it is not there any more"
-        raise Refusal("unknown_model", detail, field) from error
-    except BrokenModel as error:
-        detail = f"cannot load {model.name!r}: {error}"
-        raise Refusal("invalid_model", detail, field) from error
-    except Exception as error:
-        if is_out_of_memory(error) or is_device_failure(error):
-            raise
-        detail = f"cannot load {model.name!r}: its files do not fit together or are broken"
-        raise Refusal("invalid_model", detail, field) from error

@@ -19,10 +19,12 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from gpu_worker import folders, single_files
 from gpu_worker.folders import BrokenModel
-from gpu_worker.host_tier import CannotMap, HostTier
+from gpu_worker.host_copies import HostCopies, Weights
+from gpu_worker.host_tier import CannotMap, HostTier, identity
 from gpu_worker.single_files import Plan
 from gpu_worker.slots import DoesNotFit, Spares, exchange, lookup, signature, skeleton
 from gpu_worker.vaes import settled
+from ipc.messages import Model
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ class Modules:
         self._dtype = dtype
         self._memory_format = memory_format
         self._host = host
+        self._copies = HostCopies(host.max_bytes)
         self._spares = Spares()
         self._let_go = False
         self._keys: weakref.WeakKeyDictionary[Any, Hashable] = weakref.WeakKeyDictionary()
@@ -77,13 +80,16 @@ class Modules:
             plan = None  # the stock way says what is wrong with it
         return self._wanted(load, plan, upcasts, False)
 
-    def of_file(self, plan: Plan, upcasts: bool = False) -> Wanted:
-        """What a single file holds."""
+    def of_file(self, plan: Plan, model: Model, upcasts: bool = False) -> Wanted:
+        """What a model's single file holds."""
+        part = (plan.kind, model.config)
 
-        def load() -> Any:
-            return single_files.built(plan, self._dtype, str(self._device))
+        def ready(weights: Weights) -> Weights:
+            if self._device.type != "cpu":
+                return single_files.copied_to(str(self._device), self._dtype)(weights)
+            return self._copies.take((identity(Path(model.path)), part), weights, self._dtype)
 
-        return self._wanted(load, plan, upcasts, True)
+        return self._wanted(lambda: single_files.built(plan, ready), plan, upcasts, True)
 
     def reserve(self, wanted: Iterable[Wanted]) -> None:
         """Lets go of all spare storage that none of these will take."""
@@ -119,6 +125,10 @@ class Modules:
         """Gives all storage that nobody uses back to the device."""
         self._spares.keep_only(())
         self._free()
+
+    def free_host(self) -> None:
+        """Gives the memory of copies that nobody uses back to the host."""
+        self._copies.clear()
 
     def _folder_plan(self, folder: Path, kind: type[Any]) -> Plan:
         """Raises BrokenModel, CannotMap, OSError, ValueError."""

@@ -30,6 +30,7 @@ class JobProgress:
 
     def __post_init__(self) -> None:
         self.calls = [CallProgress(self, index) for index in range(len(self.work.calls))]
+        self._told: tuple[Phase | None, float] = (None, 0.0)
 
     @property
     def step_seconds(self) -> float | None:
@@ -39,6 +40,11 @@ class JobProgress:
 
     def tell(self, phase: Phase) -> None:
         self.check()
+        now = time.monotonic()
+        last_phase, last = self._told
+        if phase == last_phase and now - last < self.work.progress_seconds:
+            return
+        self._told = (phase, now)
         step = sum(call.steps_done for call in self.calls)
         longest = max(call.steps for call in self.calls)
         steps = sum(call.steps or longest for call in self.calls)

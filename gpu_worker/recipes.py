@@ -16,7 +16,8 @@ import torch
 
 from gpu_worker import folders, single_files
 from gpu_worker.failures import Refusal
-from gpu_worker.host_tier import CannotMap, HostTier, Weights
+from gpu_worker.host_copies import Weights
+from gpu_worker.host_tier import CannotMap, HostTier
 from gpu_worker.modules import Modules, Wanted, is_module
 from gpu_worker.single_files import SingleFile
 from gpu_worker.vaes import pipeline_upcasts
@@ -104,7 +105,7 @@ class Recipes:
         index, kinds = _index(file.config, single_files.NOT_HELD)
         upcasts = pipeline_upcasts(str(index.get("_class_name")))
         wanted = {
-            name: self._modules.of_file(file.plan(name, kind), name == "vae" and upcasts)
+            name: self._modules.of_file(file.plan(name, kind), model, name == "vae" and upcasts)
             if is_module(kind)
             else Wanted(partial(file.load_part, name, kind, self._dtype, self._device))
             for name, kind in kinds.items()

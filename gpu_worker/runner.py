@@ -19,6 +19,7 @@ from typing import Any, assert_never
 import torch
 
 from gpu_worker import compilers, device, failures, images, models, pipelines
+from gpu_worker.aftermath import Aftermath
 from gpu_worker.company import needs_to_be_alone
 from gpu_worker.compilers import Compiler
 from gpu_worker.engine import Engine, Task
@@ -58,6 +59,7 @@ class BatchingRunner:
         limits = Limits(buckets=self._compiler.buckets, memory=memory)
         forwards = Forwards(limits, execute=self._compiler.run, evict=self._evict)
         self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
+        self._aftermath = Aftermath(start, self._engine, self._loader, send)
         device.quiet_libraries()
         # What was imported never becomes garbage: no collection has to look at it again.
         gc.freeze()
@@ -225,7 +227,7 @@ class BatchingRunner:
         answer = job.answer()
         if error is not None and failures.is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)
-            device.free(self._start)
+            self._aftermath.ran_out()
         self._jobs.pop(job.id, None)
         if isinstance(answer, Fatal):
             self._end(answer)

@@ -6,7 +6,7 @@ left over or of another shape is an error: nothing is guessed, fetched, or drawn
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,10 @@ class Plan(NamedTuple):
     weights: Tensors
 
 
+Ready = Callable[[Tensors], Tensors]
+"""Makes a module's own weights of a file's: of its type, on its device, free to be written."""
+
+
 class SingleFile:
     """A checkpoint in one file. Nothing but its header is read until a part is loaded."""
 
@@ -63,7 +67,7 @@ class SingleFile:
     def load_part(self, name: str, kind: type[Any], dtype: torch.dtype, device: str) -> Any:
         """One part as a folder would give it, on the device. Raises BrokenModel."""
         if issubclass(kind, (ModelMixin, transformers.PreTrainedModel)):
-            return built(self.plan(name, kind), dtype, device)
+            return built(self.plan(name, kind), copied_to(device, dtype))
         part = folders.load_part(self.config / name, kind, dtype)
         if "ztsnr" in self._tensors:  # trainers mark zero terminal SNR by an empty tensor
             return changed(part, rescale_betas_zero_snr=True)
@@ -181,10 +185,10 @@ def tensor_bytes(tensors: Tensors, dtype: torch.dtype) -> int:
     return sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
 
 
-def built(plan: Plan, dtype: torch.dtype, device: str) -> Any:
-    """The module on the device, in evaluation mode. Raises BrokenModel where weights misfit."""
+def built(plan: Plan, ready: Ready) -> Any:
+    """A module of ready weights, in evaluation mode. Raises BrokenModel where they misfit."""
     if issubclass(plan.kind, transformers.PreTrainedModel):
-        return _built_by_transformers(plan, dtype).to(device)
+        return _built_by_transformers(plan, ready)
     with torch.device("meta"):
         module = plan.kind.from_config(dict(plan.config))
     expected, name = module.state_dict(), plan.kind.__name__
@@ -192,22 +196,23 @@ def built(plan: Plan, dtype: torch.dtype, device: str) -> Any:
     _refuse(plan.weights.keys() - expected.keys(), f"its {name} has, where none belongs,")
     wrong = [key for key in expected if expected[key].shape != plan.weights[key].shape]
     _refuse(wrong, f"its {name} is not shaped as its family's: see")
-    weights = {key: _ready(tensor, dtype, device) for key, tensor in plan.weights.items()}
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(ready(plan.weights), assign=True)
     return module.eval()
 
 
-def _built_by_transformers(plan: Plan, dtype: torch.dtype) -> Any:
+def _built_by_transformers(plan: Plan, ready: Ready) -> Any:
     """Its text encoders make buffers that no file holds."""
+    weights = ready(plan.weights)
+    first = next(iter(weights.values()))
     model, report = plan.kind.from_pretrained(
         None,
         config=plan.config,
-        state_dict={name: _ready(tensor, dtype, "cpu") for name, tensor in plan.weights.items()},
-        dtype=dtype,
+        state_dict=weights,
+        dtype=first.dtype,
         output_loading_info=True,
     )
     _refuse(report["missing_keys"], f"its {plan.kind.__name__} lacks")
-    return model.eval()
+    return model.to(first.device).eval()
 
 
 def _refuse(names: Any, problem: str) -> None:
@@ -216,10 +221,10 @@ def _refuse(names: Any, problem: str) -> None:
         raise BrokenModel(f"{problem} {min(names)}{more}")
 
 
-def _ready(tensor: torch.Tensor, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """A copy: the file may be mapped read-only, and a LoRA is taken out again by the file.
-
-    On a CPU it also lies on a boundary that matrix products like: off 16 bytes they round
-    otherwise, which was seen to change a picture by 1e-5 of its range.
-    """
-    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+def copied_to(device: str, dtype: torch.dtype) -> Ready:
+    """Copies: the file may be mapped read-only, and a LoRA is taken out again by the file."""
+    usual = torch.contiguous_format
+    return lambda tensors: {
+        name: tensor.to(device, dtype, copy=True, memory_format=usual)
+        for name, tensor in tensors.items()
+    }

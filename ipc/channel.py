@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar, get_args
 import msgspec
 
 HEADER_BYTES = 4
+PAUSE_BYTES = 4096
+READ_AHEAD_BYTES = 4096
+"""Read at once, so that small frames need no read each for their header and their payload."""
 MAX_FRAME_BYTES = 256 * 2**20
 MAX_NAME = 80
 
@@ -133,8 +136,8 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
     """The supervisor's end: non-blocking, one task receives and one task sends.
 
     `wait_readable` and `wait_writable` suspend until a descriptor is ready;
-    `pause` lets other tasks run, called once a frame so that a fast peer cannot
-    keep the event loop to itself. A send that is cancelled leaves the pipe
+    `pause` lets other tasks run, called after every few small frames or a large one so that
+    a fast peer cannot keep the event loop to itself. A send that is cancelled leaves the pipe
     unusable: close the channel after it.
     """
 
@@ -156,6 +159,9 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
         self._wait_readable = wait_readable
         self._wait_writable = wait_writable
         self._pause = pause
+        self._bytes_since_pause = 0
+        self._ahead = bytearray()
+        self._drained = False
 
     async def send(self, message: Outgoing) -> None:
         """Returns when the frame is in the pipe. Raises PeerGone or OversizedFrame."""
@@ -170,15 +176,25 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
 
     async def receive_length(self) -> int:
         """Waits for the next frame's header: the payload's length in bytes."""
-        header = bytearray(HEADER_BYTES)
-        await self._fill(header, begun=False)
-        return self._codec.length(header)
+        while len(self._ahead) < HEADER_BYTES:
+            await self._read_ahead()
+        return self._codec.length(self._ahead[:HEADER_BYTES])
+
+    def is_whole(self, length: int) -> bool:
+        """Whether the frame of this length needs no more waiting."""
+        return len(self._ahead) >= HEADER_BYTES + length
 
     async def receive_payload(self, length: int) -> Incoming:
         """The rest of a frame that has begun; callers put a deadline on it."""
-        payload = bytearray(length)
-        await self._fill(payload, begun=True)
-        await self._pause()
+        end = HEADER_BYTES + length
+        payload = self._ahead[HEADER_BYTES:end]
+        del self._ahead[:end]
+        if len(payload) < length:
+            payload = await self._filled(payload, length)
+        self._bytes_since_pause += end
+        if self._bytes_since_pause >= PAUSE_BYTES:
+            self._bytes_since_pause = 0
+            await self._pause()
         return self._codec.decode(payload)
 
     async def receive(self) -> Incoming:
@@ -189,17 +205,33 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
         os.close(self._read_fd)
         os.close(self._write_fd)
 
-    async def _fill(self, buffer: bytearray, begun: bool) -> None:
-        filled = 0
-        while filled < len(buffer):
+    async def _read_ahead(self) -> None:
+        if self._drained:
+            await self._wait_readable(self._read_fd)
+        try:
+            data = os.read(self._read_fd, READ_AHEAD_BYTES)
+        except BlockingIOError:
+            self._drained = True
+            return
+        if not data:
+            raise _ended(within_frame=bool(self._ahead))
+        self._ahead += data
+        self._drained = len(data) < READ_AHEAD_BYTES
+
+    async def _filled(self, begun: bytearray, length: int) -> bytearray:
+        """A payload of this length, of which the beginning is there."""
+        buffer = begun.ljust(length, b"\0")
+        filled = len(begun)
+        while filled < length:
             try:
                 count = os.readv(self._read_fd, [memoryview(buffer)[filled:]])
             except BlockingIOError:
                 await self._wait_readable(self._read_fd)
                 continue
             if count == 0:
-                raise _ended(begun or filled > 0)
+                raise _ended(within_frame=True)
             filled += count
+        return buffer
 
 
 def _ended(within_frame: bool) -> PeerGone | CutFrame:

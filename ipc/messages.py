@@ -134,6 +134,8 @@ class Generate(Message, frozen=True, kw_only=True):
     alone: bool = False
     """Nothing else runs beside it: set after a worker died under this job."""
     priority: int = 0
+    progress_seconds: float = 0.0
+    """Least time between two Progress of one phase; 0: one for every step."""
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -176,7 +178,10 @@ class Ready(Message, frozen=True, kw_only=True):
 
 
 class Progress(Message, frozen=True, kw_only=True):
-    """A job moved on; `step` of `steps` counts over all of the job's calls."""
+    """A job moved on; `step` of `steps` counts over all of the job's calls.
+
+    A change of phase is always told, steps of one phase as often as `progress_seconds` allows.
+    """
 
     job: str
     phase: Phase
@@ -244,6 +249,13 @@ class Residency(Message, frozen=True, kw_only=True):
     memory: Memory
 
 
+class Worn(Message, frozen=True, kw_only=True):
+    """Replace this worker once its jobs are done; until then it goes on, less well."""
+
+    reason: str
+    detail: str
+
+
 class Fatal(Message, frozen=True, kw_only=True):
     """Last words: the worker must be replaced and exits by itself."""
 
@@ -262,5 +274,6 @@ FromWorker = (
     | Failed
     | Cancelled
     | Residency
+    | Worn
     | Fatal
 )

@@ -142,6 +142,10 @@ class Fleet:
                 self._reported_ready(worker, message)
             case messages.Residency():
                 self._models_changed(worker, message)
+            case messages.Worn():
+                words = f"asked to be replaced ({message.reason}): {message.detail}"
+                worker.wear = Cause(CauseKind.WORN, words)
+                self._happened(worker, WorkerEvent.WORN_REPORTED)
             case messages.Fatal():
                 cause = Cause(CauseKind.FATAL, f"gave up ({message.reason}): {message.detail}")
                 self._doom(worker, WorkerEvent.FATAL_REPORTED, cause)
@@ -176,7 +180,7 @@ class Fleet:
         elif worker.term_is_due(now) and worker.process:
             worker.process.terminate()
         elif worker.state is WorkerState.DRAINING and not worker.running:
-            worker.cause = Cause(CauseKind.PLANNED, "was replaced")
+            worker.cause = worker.wear or Cause(CauseKind.PLANNED, "was replaced")
             self._happened(worker, WorkerEvent.DRAINED)
         elif worker.state is WorkerState.BACKING_OFF and now >= worker.restart_at:
             self._come_back(worker)

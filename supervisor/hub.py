@@ -3,8 +3,8 @@
 What is asked of the hub is decided here: allowed repositories only, the files that a
 pipeline needs, safetensors only. What was fetched once is used without asking again,
 also while the hub cannot be reached. Calls block until all is there; those for the
-same repository wait for one download. A dropped connection is taken up where it stopped; after a
-restart the files that were whole are kept.
+same repository wait for one download, and are told how far it is. A dropped connection is
+taken up where it stopped; after a restart the files that were whole are kept.
 """
 
 import errno
@@ -23,6 +23,7 @@ import msgspec
 
 from ipc.messages import Family
 from supervisor import folders
+from supervisor.downloads import Downloads, incomplete_bytes
 from supervisor.errors import Problem
 from supervisor.families import Kind, spelled
 from supervisor.headers import InvalidModel
@@ -70,6 +71,7 @@ class Hub:
         self._locks: dict[str, threading.Lock] = {}
         self._failures: dict[str, tuple[float, Problem | InvalidModel]] = {}
         self._waiting = threading.Semaphore(MAX_WAITING)
+        self._downloads = Downloads()
         for left in self.cache_dir.glob("*/blobs/*.incomplete"):
             left.unlink(missing_ok=True)  # of a server that was killed; nobody takes these up
 
@@ -110,7 +112,11 @@ class Hub:
         if not self._waiting.acquire(blocking=False):
             raise Problem("unavailable", "cannot download more at a time", retry_after=10)
         try:
-            with self._locks.setdefault(key, threading.Lock()):
+            name = key.partition(" ")[2]
+            with (
+                self._downloads.waited_for(key, name),
+                self._locks.setdefault(key, threading.Lock()),
+            ):
                 if (found := self._recorded(key)) is not None:
                     return found
                 self._leave_alone(key)
@@ -148,7 +154,7 @@ class Hub:
 
         gone = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
         try:
-            folder, files = self._download_files(source)
+            folder, files = self._download_files(key, source)
         except (*gone, errors.EntryNotFoundError, errors.HFValidationError) as error:
             if isinstance(error, errors.LocalEntryNotFoundError):
                 raise unreachable() from error
@@ -171,8 +177,9 @@ class Hub:
         temporary.replace(record)
         return folder, files
 
-    def _download_files(self, source: Source) -> tuple[Path, list[str]]:
+    def _download_files(self, key: str, source: Source) -> tuple[Path, list[str]]:
         from huggingface_hub import HfApi
+        from huggingface_hub.file_download import repo_folder_name
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
@@ -195,13 +202,15 @@ class Hub:
         if not files:
             raise InvalidModel("its repository has no files for this use")
         done, total = 0, sum(sizes[name] for name in files)
-        for count, name in enumerate(files, 1):
-            path = get(name)
-            done += sizes[name]
-            log.info(
-                "downloaded %s of %s: file %d of %d, %.2f of %.2f GB",
-                name, source.repo, count, len(files), done / GB, total / GB,
-            )  # fmt: skip
+        here = self.cache_dir / repo_folder_name(repo_id=source.repo, repo_type="model")
+        with self._downloads.under_way(key, lambda: done + incomplete_bytes(here), total):
+            for count, name in enumerate(files, 1):
+                path = get(name)
+                done += sizes[name]
+                log.info(
+                    "downloaded %s of %s: file %d of %d, %.2f of %.2f GB",
+                    name, source.repo, count, len(files), done / GB, total / GB,
+                )  # fmt: skip
         return path.parents[name.count("/")], files
 
 

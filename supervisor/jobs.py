@@ -30,6 +30,9 @@ SECONDS_PER_PRIORITY = 2.0
 GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
+UNFOLLOWED_SECONDS = 0.25
+"""Between two signs of progress where nobody looks: each costs the supervisor a wake-up."""
+
 
 Moved = messages.Progress | messages.Preview | messages.Picture
 Answered = messages.Finished | messages.Rejected | messages.Failed | messages.Cancelled
@@ -82,6 +85,8 @@ class Job:
     request_id: str = ""
     caller: str = ""
     pinned_worker: int | None = None
+    followed: bool = True
+    """Somebody may look at its steps."""
     state: JobState = JobState.QUEUED
     attempts: int = 0
     deaths: int = 0
@@ -212,10 +217,13 @@ class Job:
     def expected_pictures(self) -> int:
         return len(self.message.calls) if isinstance(self.message, messages.Generate) else 0
 
-    def outgoing(self) -> messages.Generate | messages.Load | messages.Unload:
-        """The message for the worker that takes the job now."""
+    def outgoing(self, pace_seconds: float) -> messages.Generate | messages.Load | messages.Unload:
+        """The message for the worker that takes the job now; `pace_seconds` lie between two
+        signs of progress where nobody looks."""
         if isinstance(self.message, messages.Generate):
-            return msgspec.structs.replace(self.message, alone=self.alone)
+            pace = 0.0 if self.followed else pace_seconds
+            replace = msgspec.structs.replace
+            return replace(self.message, alone=self.alone, progress_seconds=pace)
         return self.message
 
     def view(self, estimates: Estimates) -> JobView:

@@ -48,6 +48,8 @@ class Keeper(Observer):
         self._storage = storage
         self._deliverer = deliverer
         self._quota = quota
+        told = [webhooks.endpoint(settings, kind) for kind in ("image.stored", "image.generated")]
+        self._tells_of_pictures = any(told)
         self._changes, self._changed = anyio.create_memory_object_stream[Change](float("inf"))
 
     async def reserve(self, batch_id: str, store: bool) -> None:
@@ -71,6 +73,8 @@ class Keeper(Observer):
         names = [_name(record, index) for index in range(len(outcome.pictures))] if store else []
         if store and not by_post:
             await self._write(record, outcome)
+        if not self._tells_of_pictures:  # a thread costs more than there is to do
+            return names
         events = await to_thread.run_sync(self._events, record, outcome, meta, names, by_post)
         if names and by_post:
             await self._put_pictures(events)
@@ -122,7 +126,7 @@ class Keeper(Observer):
         return events
 
     def _node(self) -> dict[str, object]:
-        stats = monitoring.system_stats(self._settings.data_dir)
+        stats = monitoring.system_stats(self._settings.data_dir, self._quota)
         return webhooks.node_info(self._settings, stats)
 
     # Models that come and go: told in order by a task, because the fleet does not wait.

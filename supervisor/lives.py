@@ -25,7 +25,8 @@ from supervisor.worker_process import COMMAND, Exit, WorkerProcess
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")
 
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.2
+"""A deadline is noticed at most so late."""
 FRAME_SECONDS = 30.0
 """A frame that has begun must be whole within this time."""
 LAST_WORDS_SECONDS = 1.0
@@ -163,9 +164,11 @@ class Lives:
             with anyio.CancelScope() as frame:  # one for all frames: a scope is dear
                 while True:
                     length = await process.channel.receive_length()
-                    frame.deadline = anyio.current_time() + FRAME_SECONDS
+                    if not process.channel.is_whole(length):
+                        frame.deadline = anyio.current_time() + FRAME_SECONDS
                     message = await process.channel.receive_payload(length)
-                    frame.deadline = math.inf
+                    if frame.deadline != math.inf:
+                        frame.deadline = math.inf
                     self._fleet.received(worker, message)
         except PeerGone:
             heard.set()

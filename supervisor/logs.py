@@ -29,6 +29,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
+    # No line tells of these, and finding them out takes a third of a line's time.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

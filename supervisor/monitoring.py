@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -21,12 +21,21 @@ MB = 2**20
 PACKAGES = ("torch", "xformers", "triton", "diffusers", "transformers")
 
 
-def system_stats(data_dir: Path) -> dict[str, Any]:
+class Quota(Protocol):
+    """DATA_DIR's limit and what it holds, in bytes; a limit of 0 is none."""
+
+    @property
+    def limit_bytes(self) -> int: ...
+    @property
+    def used_bytes(self) -> int: ...
+
+
+def system_stats(data_dir: Path, quota: Quota | None = None) -> dict[str, Any]:
     """`system_stats` of the webhooks and of GET /stats. Sizes in GB, loads in percent."""
     return {
         "cpu": cpu(),
         "memory": memory(),
-        "storage": storage(data_dir),
+        "storage": storage(data_dir, quota),
         "gpu": gpus(),
         "packages": packages(),
     }
@@ -54,13 +63,17 @@ def memory() -> dict[str, float]:
     }
 
 
-def storage(data_dir: Path) -> dict[str, float | None]:
-    """Of the file system that holds DATA_DIR; free is what an ordinary user may take."""
+def storage(data_dir: Path, quota: Quota | None = None) -> dict[str, float | None]:
+    """Of DATA_DIR where it has a limit, else of its file system; free is what an ordinary user
+    may take."""
     try:
         status = shutil.disk_usage(data_dir)
     except OSError:
         return {"used": None, "free": None}
-    return {"used": status.used / GB, "free": status.free / GB}
+    used, free = status.used, status.free
+    if quota is not None and quota.limit_bytes:
+        used, free = quota.used_bytes, min(free, max(quota.limit_bytes - quota.used_bytes, 0))
+    return {"used": used / GB, "free": free / GB}
 
 
 def gpu_count(visible: str | None = None) -> int:

@@ -31,6 +31,15 @@ class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     seeds: list[int]
 
 
+def unprepared(body: GenerateBody, job_id: str) -> Prepared:
+    """What stands for a request while its models are still being downloaded."""
+    checkpoint = messages.Model(name=body.checkpoint or "", path="")
+    message = messages.Generate(
+        job=job_id, pipeline=body.pipeline or "", checkpoint=checkpoint, calls=[]
+    )
+    return Prepared(message=message, inputs={}, seeds=[])
+
+
 class Preparation:
     """Knows the models and the settings that requests are measured against."""
 

@@ -1,7 +1,7 @@
 """The quota of DATA_DIR: how much it holds, and what goes when there is no more room.
 
-What may go is what lies in DATA_DIR/cache/{kind}/{entry}: a downloaded repository, a
-converted file. An entry goes whole or not at all; pictures and the outbox never go.
+What may go is what lies in DATA_DIR/cache/{kind}/{entry}: a downloaded repository,
+compiled code. An entry goes whole or not at all; pictures and the outbox never go.
 Methods block on the disk (make them from a thread) unless they say otherwise.
 """
 

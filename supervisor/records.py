@@ -8,6 +8,8 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TypeVar
 
 import anyio
 
@@ -15,6 +17,9 @@ from supervisor.errors import Problem
 from supervisor.jobs import Job
 from supervisor.preparation import Prepared
 from supervisor.requests import GenerateBody
+
+Key = TypeVar("Key")
+Entry = TypeVar("Entry")
 
 
 @dataclass(slots=True, eq=False)
@@ -72,9 +77,10 @@ class Records:
     def find(self, id: str) -> Record:
         """Raises Problem for an id that is unknown or forgotten."""
         self.forget()
-        if id in self._records:
-            return self._records[id]
-        if id in self._forgotten:
+        record = self._records.get(id)
+        if record is not None and not self._is_over(record):
+            return record
+        if record is not None or id in self._forgotten:
             raise Problem("forgotten", "cannot show the job: its result is no longer kept")
         raise Problem("not_found", "cannot find a job of this id")
 
@@ -86,7 +92,8 @@ class Records:
         self.forget()
         digest = hashlib.blake2b(body, digest_size=16).digest()
         known = self._claims.get((caller, key))
-        if known is None:
+        if known is None or self._is_stale(known):
+            self._claims.pop((caller, key), None)  # the new one goes to the end
             claim = self._claims[caller, key] = Claim(digest)
             return claim
         if known.digest != digest:
@@ -101,16 +108,29 @@ class Records:
         self._claims.pop((caller, key), None)
 
     def forget(self) -> None:
-        """Lets go of what ended long enough ago."""
+        """Lets go of what ended long enough ago, the oldest first.
+
+        Called for every request, so it looks at no more than may have to go: all three
+        tables are in the order in which their entries came.
+        """
         now, limit = self._now(), self._retention_seconds
-        for id, record in list(self._records.items()):
-            if record.ended_at is not None and now - record.ended_at >= limit:
+        for id, record in _while(self._records, lambda each: now - each.accepted_at >= limit):
+            if self._is_over(record):
                 del self._records[id]
                 self._forgotten[id] = now
-        self._forgotten = {id: at for id, at in self._forgotten.items() if now - at < limit + 60}
-        live = self._records
-        self._claims = {
-            key: claim
-            for key, claim in self._claims.items()
-            if claim.record is None or claim.record.job.id in live
-        }
+        for id, _ in _while(self._forgotten, lambda at: now - at >= limit + 60):
+            del self._forgotten[id]
+        for key, _ in _while(self._claims, self._is_stale):
+            del self._claims[key]
+
+    def _is_over(self, record: Record) -> bool:
+        ended_at = record.ended_at
+        return ended_at is not None and self._now() - ended_at >= self._retention_seconds
+
+    def _is_stale(self, claim: Claim) -> bool:
+        return claim.record is not None and self._is_over(claim.record)
+
+
+def _while(table: dict[Key, Entry], holds: Callable[[Entry], bool]) -> list[tuple[Key, Entry]]:
+    """The entries at the front for which it holds."""
+    return list(takewhile(lambda item: holds(item[1]), table.items()))

@@ -12,10 +12,10 @@ from supervisor.families import (
     Traits,
     WrongKind,
     checkpoint_traits,
-    file_traits,
     module_traits,
     spelled,
 )
+from supervisor.file_families import file_traits
 from supervisor.headers import InvalidModel, read_header
 from supervisor.sidecars import MAX_SIDECAR_BYTES, Sidecar, read_sidecar
 

@@ -24,6 +24,7 @@ class WorkerEvent(StrEnum):
     RESTART_REQUESTED = "restart_requested"
     STOP_REQUESTED = "stop_requested"
     DRAINED = "drained"
+    WORN_REPORTED = "worn_reported"
     FATAL_REPORTED = "fatal_reported"
     STALLED = "stalled"
     PROTOCOL_BROKEN = "protocol_broken"
@@ -67,7 +68,7 @@ _ALIVE = {
 }
 
 # What may have been on its way when the end of the process was decided.
-_LATE = (_WE.READY_REPORTED, _WE.RESTART_REQUESTED)
+_LATE = (_WE.READY_REPORTED, _WE.RESTART_REQUESTED, _WE.WORN_REPORTED)
 
 WORKER_TABLE: dict[WorkerState, dict[WorkerEvent, WorkerState]] = {
     _W.STARTING: {
@@ -78,10 +79,12 @@ WORKER_TABLE: dict[WorkerState, dict[WorkerEvent, WorkerState]] = {
     _W.READY: {
         **_ALIVE,
         _WE.RESTART_REQUESTED: _W.DRAINING,
+        _WE.WORN_REPORTED: _W.DRAINING,
     },
     _W.DRAINING: {
         **_ALIVE,
         _WE.RESTART_REQUESTED: _W.DRAINING,
+        _WE.WORN_REPORTED: _W.DRAINING,
         _WE.DRAINED: _W.STOPPING,
     },
     _W.STOPPING: {

@@ -63,7 +63,7 @@ class Storage:
 
     def __init__(self, folder: Path, quota: Quota) -> None:
         self._folder = folder
-        self._quota = quota
+        self.quota = quota
         self._batches: dict[str, list[str]] = {}
 
     async def start(self) -> None:
@@ -135,10 +135,10 @@ class Storage:
             with suppress(OSError):
                 size = self.path(name).stat().st_size
                 self.path(name).unlink()
-                self._quota.subtract(self._folder, size)
+                self.quota.subtract(self._folder, size)
 
     def _write(self, name: str, data: bytes) -> None:
-        with _named_problems(name), self._quota.room(self._folder, len(data)):
+        with _named_problems(name), self.quota.room(self._folder, len(data)):
             temporary = self._folder / f".{name}.tmp"
             with open(temporary, "xb") as file:
                 try:

@@ -12,7 +12,16 @@ from ipc import messages
 from supervisor import admission, placement
 from supervisor.errors import Problem
 from supervisor.estimates import Estimates
-from supervisor.jobs import Answered, Job, Moved, Outcome, Queued, in_order, overdue
+from supervisor.jobs import (
+    UNFOLLOWED_SECONDS,
+    Answered,
+    Job,
+    Moved,
+    Outcome,
+    Queued,
+    in_order,
+    overdue,
+)
 from supervisor.observer import Observers
 from supervisor.settings import Settings
 from supervisor.states import JobEvent, WorkerState
@@ -160,7 +169,9 @@ class Work:
         self._served_at[job.caller] = now
         job.dispatched(worker.id, now, swaps=not worker.holds(job.model))
         worker.running[job.id] = job
-        worker.post(job.outgoing())
+        # Well within the time after which a worker that is quiet counts as hanging.
+        longest_pace = self._settings.step_timeout_seconds / 4
+        worker.post(job.outgoing(min(UNFOLLOWED_SECONDS, longest_pace)))
         self._observers.tell(lambda observer: observer.job_dispatched(job, worker))
 
     def _views(self) -> list[placement.WorkerView]:

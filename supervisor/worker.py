@@ -37,6 +37,8 @@ class CauseKind(enum.StrEnum):
     """By itself, without a word."""
     KILLED = "killed"
     """By somebody else than its supervisor, such as the kernel."""
+    WORN = "worn"
+    """It asked for a successor, and had done its jobs."""
     FATAL = "fatal"
     """It said that it could not go on."""
     STALLED = "stalled"
@@ -81,6 +83,8 @@ class Worker:
     restart_at: float = 0.0
     last_exit: str | None = None
     cause: Cause | None = None
+    wear: Cause | None = None
+    """Why it wants to be replaced."""
     was_ready: bool = False
     """At any time in the life of this process."""
     step_seconds: float | None = None
@@ -99,7 +103,8 @@ class Worker:
     def gone(self) -> list[Job]:
         """Forgets the process; returns the jobs that were on it."""
         jobs = list(self.running.values())
-        self.process, self.post, self.memory, self.cause = None, _nothing, None, None
+        self.process, self.post, self.memory = None, _nothing, None
+        self.cause = self.wear = None
         self.models, self.running = [], {}
         return jobs
 

@@ -31,6 +31,7 @@ EXAMPLE_ROWS = 4
 CALLS_BEFORE = 4
 """A size that is asked for less often is not worth a minute of compilation."""
 MAX_COMPILED = 24
+MAX_COMPILE_THREADS = 8
 SPARE_BYTES = 4 * 2**30
 """What the child needs on a GPU beside a second copy of the module."""
 
@@ -190,6 +191,8 @@ def _fill_cache(order: Order, parent: int) -> float:
 
     die_with_parent(parent)
     torch.set_num_threads(order.threads)
+    # Each is a process; every worker of the host may be compiling at the same time.
+    torch._inductor.config.compile_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
     began = time.monotonic()
     with accelerate.init_empty_weights(include_buffers=False):
         module = order.kind.from_config(order.config)

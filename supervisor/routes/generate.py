@@ -43,7 +43,7 @@ async def generate(request: Request) -> Response:
     record = await accept(request, body, claim)
     if wants_async(request):
         return accepted(record)
-    if "text/event-stream" in request.headers.get("accept", ""):
+    if wants_events(request):
         return event_stream(request, record)
     return await answer_or_cancel(request, record)
 
@@ -64,8 +64,12 @@ async def accept(request: Request, body: GenerateBody, claim: Claim | None) -> R
     """The request as an accepted job. Raises Problem; then its key is free again."""
     service, caller = service_of(request), caller_of(request)
     detached = claim is not None or wants_async(request)
+    # Whoever waits for the whole answer learns the job's id from it, too late to look on.
+    followed = wants_async(request) or wants_events(request)
     try:
-        record = await service.accept(body, caller, request_id_of(request), detached=detached)
+        record = await service.accept(
+            body, caller, request_id_of(request), detached=detached, followed=followed
+        )
     except BaseException:
         if claim is not None:
             service.records.unclaim(caller, request.headers["idempotency-key"])
@@ -77,6 +81,10 @@ async def accept(request: Request, body: GenerateBody, claim: Claim | None) -> R
 
 def wants_async(request: Request) -> bool:
     return "respond-async" in request.headers.get("prefer", "")
+
+
+def wants_events(request: Request) -> bool:
+    return "text/event-stream" in request.headers.get("accept", "")
 
 
 def accepted(record: Record) -> Response:

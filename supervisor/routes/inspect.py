@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ipc.messages import Resident
 from supervisor import VERSION, answers, monitoring
 from supervisor.errors import Problem
-from supervisor.operations import Operation, json_response, service_of
+from supervisor.operations import Operation, json_response, service_of, storage_of
 from supervisor.worker import Worker
 
 
@@ -63,7 +63,8 @@ def _model(model: Resident) -> dict[str, Any]:
 
 async def stats(request: Request) -> Response:
     data_dir = service_of(request).settings.data_dir
-    return json_response(await to_thread.run_sync(monitoring.system_stats, data_dir))
+    quota = storage_of(request).quota
+    return json_response(await to_thread.run_sync(monitoring.system_stats, data_dir, quota))
 
 
 async def restart(request: Request) -> Response:

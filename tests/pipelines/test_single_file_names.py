@@ -14,12 +14,13 @@ from gpu_worker.folders import BrokenModel
 from gpu_worker.original_names import Tensors
 from gpu_worker.single_files import SingleFile
 from ipc.messages import Model
-from supervisor.families import file_traits
+from supervisor.file_families import file_traits
 from supervisor.headers import read_header
 from tests.tools import single_file
 
 FAMILIES = ("sd15", "sd21", "sdxl", "sdxl_refiner")
 UNET = "model.diffusion_model."
+COPIED = single_files.copied_to("cpu", torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_a_controlnet_takes_its_shape_from_a_unet_and_its_own_inputs(
     path = single_file.write_controlnet(folder, tmp_path / "net.safetensors", layout)
     model = Model(name="m", path=str(path), single_file=True, config=written[family].config)
     plan = single_files.module_plan(model, "controlnet")
-    assert_equal(single_files.built(plan, torch.float32, "cpu"),
+    assert_equal(single_files.built(plan, COPIED),
                  folders.load_module(folder, torch.float32))  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def test_a_vae_is_read_in_every_layout(
     folder = model_dir / "vae" / "sdxl"
     path = single_file.write_vae(folder, tmp_path / "vae.safetensors", layout)
     model = Model(name="m", path=str(path), single_file=True, config=written["sdxl"].config)
-    vae = single_files.built(single_files.module_plan(model, "vae"), torch.float32, "cpu")
+    vae = single_files.built(single_files.module_plan(model, "vae"), COPIED)
     assert_equal(vae, folders.load_module(folder, torch.float32))
     assert vae.config.scaling_factor == 0.13025
 

@@ -7,36 +7,20 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from tests.tools import weights
+from tests.tools.faults import body, busy, code, exits, lives, once, probes, until_running
 from tests.tools.server import SCRIPTED, RunningServer, running, wait_until
 
 STEP_TIMEOUT_SECONDS = 1.5
 PROBE_SECONDS = 0.1
-KEYS = ("key-one", "key-two")
 
 
-def body(prompt: str = "a cat", steps: int = 3, **changes: Any) -> dict[str, Any]:
-    parameters = {"prompt": prompt, "num_inference_steps": steps, "seed": 7}
-    return {"checkpoint": "cat", "parameters": parameters, "output_format": "png"} | changes
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("cat", "dog"):
-        weights.files(folder / "checkpoints" / name, weights.checkpoint_files("sd15"))
-    return folder
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[RunningServer]:
     """Four workers that do one job at a time; many deaths are spread over them."""
     settings = {"MODEL_DIR": str(models), "DEVICES": "cpu,cpu,cpu,cpu", "MAX_QUEUE": "100",
@@ -53,75 +37,6 @@ def server(four: RunningServer) -> RunningServer:
     loaded = four.client.post("/load/checkpoint", json={"checkpoint": "cat", "worker": "all"})
     assert loaded.json() == ["cat"]
     return four
-
-
-@pytest.fixture(scope="session")
-def one(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[RunningServer]:
-    """One worker that does one job at a time, a short queue, and keys."""
-    settings = {"MODEL_DIR": str(models), "MAX_QUEUE": "4", "API_KEY": ",".join(KEYS)}
-    folder = tmp_path_factory.mktemp("one")
-    with running(folder, SCRIPTED, workers=0, **settings) as server:
-        server.client.headers["Authorization"] = f"Bearer {KEYS[0]}"
-        yield server
-
-
-@pytest.fixture
-def single(one: RunningServer) -> RunningServer:
-    one.until_ready(1)
-    return one
-
-
-@pytest.fixture
-def callers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(50) as pool:
-        yield pool
-
-
-def once(tmp_path: Path, fault: str) -> str:
-    """A prompt whose fault is due the first time only."""
-    return f"fault:{fault} count_file={tmp_path / 'count'} times=1"
-
-
-def code(response: httpx.Response) -> str:
-    return str(response.json().get("code"))
-
-
-def exits(server: RunningServer) -> list[str]:
-    return [worker["last_exit"] for worker in server.placement() if worker["last_exit"]]
-
-
-def busy(server: RunningServer) -> list[dict[str, Any]]:
-    return [worker for worker in server.placement() if worker["running"]]
-
-
-def until_running(server: RunningServer, count: int = 1) -> list[dict[str, Any]]:
-    wait_until(lambda: sum(worker["running"] for worker in server.placement()) >= count)
-    return busy(server)
-
-
-def until_queued(server: RunningServer, count: int) -> None:
-    wait_until(lambda: sum(worker["queued"] for worker in server.placement()) >= count)
-
-
-def probes(server: RunningServer, work: "Future[Any]") -> list[float]:
-    """How long /health took each time while the work went on, in seconds, in order."""
-    seconds = []
-    while not work.done():
-        began = time.monotonic()
-        assert server.client.get("/health").status_code == 200
-        seconds.append(time.monotonic() - began)
-        time.sleep(0.01)
-    return sorted(seconds)
-
-
-def lives(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-# Deaths.
 
 
 def test_a_job_is_finished_elsewhere_with_the_same_picture_when_its_worker_is_killed(
@@ -247,11 +162,15 @@ def test_what_a_worker_prints_breaks_nothing(server: RunningServer, fault: str) 
 
 
 def test_out_of_memory_is_answered_and_the_worker_lives_on(server: RunningServer) -> None:
+    """The real worker's own memory: tests/process/test_recycling.py."""
     pids = [worker["pid"] for worker in server.placement()]
+    supervisor, sizes = psutil.Process(server.process.pid), []
     for _ in range(50):
         answer = server.generate(body("fault:out_of_memory step=2"))
         assert (answer.status_code, code(answer)) == (507, "out_of_memory")
+        sizes.append(supervisor.memory_info().rss)
     assert server.generate(body()).status_code == 200
+    assert sizes[-1] < sizes[9] + 4 * 2**20
     assert [worker["pid"] for worker in server.placement()] == pids
 
 
@@ -289,221 +208,3 @@ def test_workers_are_replaced_under_load_without_a_failed_request(
     statuses = [status for each in load for status in each.result()]
     assert set(statuses) == {200}
     assert least == 3
-
-
-# One worker, a short queue.
-
-
-def test_bystanders_move_and_spend_no_attempt(
-    single: RunningServer, tmp_path: Path, callers: ThreadPoolExecutor
-) -> None:
-    prompt = once(tmp_path, "exit code=5 step=5 step_seconds=0.1")
-    bad = callers.submit(single.generate, body(prompt, steps=5))
-    until_running(single)
-    others = [callers.submit(single.generate, body(f"bystander {n}")) for n in range(3)]
-    assert [each.result().json()["meta"]["attempts"] for each in others] == [1, 1, 1]
-    assert bad.result().json()["meta"]["attempts"] == 2
-
-
-def test_ten_times_the_load_is_refused_politely(
-    single: RunningServer, callers: ThreadPoolExecutor
-) -> None:
-    slow = body("fault:slow step_seconds=0.1")
-    work = [callers.submit(single.generate, slow) for _ in range(49)]
-    seconds = probes(single, callers.submit(lambda: [each.result() for each in work]))
-    answers = [each.result() for each in work]
-    assert sorted({answer.status_code for answer in answers}) == [200, 429]
-    refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(answers) - len(refused) >= 5
-    assert {code(answer) for answer in refused} == {"queue_full"}
-    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
-    assert seconds[len(seconds) * 95 // 100] < PROBE_SECONDS
-
-
-def test_a_job_that_cannot_meet_its_deadline_is_refused(
-    single: RunningServer, callers: ThreadPoolExecutor
-) -> None:
-    slow = body("fault:slow step_seconds=0.2", steps=10)
-    assert single.generate(body("fault:slow step_seconds=0.2", steps=2)).status_code == 200
-    work = callers.submit(single.generate, slow)
-    until_running(single)
-    late = single.generate(body("fault:slow step_seconds=0.2", steps=5, timeout_seconds=1))
-    assert (late.status_code, code(late)) == (429, "too_late")
-    assert int(late.headers["Retry-After"]) >= 1
-    assert work.result().status_code == 200
-
-
-def test_the_device_is_free_a_step_after_the_caller_has_left(single: RunningServer) -> None:
-    with (
-        pytest.raises(httpx.ReadTimeout),
-        httpx.Client(base_url=single.url, headers=single.client.headers, timeout=0.5) as caller,
-    ):
-        caller.post("/generate", json=body("fault:slow step_seconds=0.1", steps=900))
-    left = time.monotonic()
-    wait_until(lambda: not busy(single))
-    assert time.monotonic() - left < 1
-
-
-def test_the_device_is_free_a_step_after_the_deadline(single: RunningServer) -> None:
-    slow = body("fault:slow step_seconds=0.1", steps=1000, timeout_seconds=400)
-    began = time.monotonic()
-    headers = {"Prefer": "respond-async"}
-    job = single.generate(slow | {"timeout_seconds": 0.5, "checkpoint": "dog"}, headers=headers)
-    if job.status_code == 429:  # steps of other models have shown that it cannot be done
-        pytest.skip("refused at once")
-    poll = job.json()["poll_url"]
-    wait_until(lambda: single.client.get(poll).json()["status"] == "expired")
-    assert single.client.get(poll).json()["error"]["code"] == "deadline_exceeded"
-    wait_until(lambda: not busy(single))
-    assert time.monotonic() - began < 2.5
-
-
-def test_callers_take_turns_and_each_ones_priorities_count(
-    single: RunningServer, callers: ThreadPoolExecutor
-) -> None:
-    order: list[str] = []
-
-    def ask(name: str, key: str, priority: int = 0) -> None:
-        headers = {"Authorization": f"Bearer {key}"}
-        prompt = f"fault:slow step_seconds=0.05 {name}=1"
-        answer = single.generate(body(prompt, priority=priority), headers=headers)
-        assert answer.status_code == 200
-        order.append(name)
-
-    endless = body("fault:slow step_seconds=0.05", steps=900)
-    ahead = single.generate(endless, headers={"Prefer": "respond-async"}).json()["poll_url"]
-    until_running(single)
-    work = []
-    for count, (name, key, priority) in enumerate(
-        [("flood", KEYS[0], 0), ("low", KEYS[0], -5), ("high", KEYS[0], 5), ("late", KEYS[1], 0)]
-    ):
-        work.append(callers.submit(ask, name, key, priority))
-        until_queued(single, count + 1)
-    single.client.delete(ahead)
-    for each in work:
-        each.result()
-    assert order == ["high", "late", "flood", "low"]
-
-
-# Servers of their own.
-
-
-def test_batch_mates_of_poison_finish(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor
-) -> None:
-    settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": "capacity=3", "DEVICES": "cpu,cpu"}
-    with running(tmp_path, SCRIPTED, workers=2, **settings) as server:
-        server.client.post("/load/checkpoint", json={"checkpoint": "cat", "worker": 0})
-        mates = [
-            callers.submit(server.generate, body("fault:slow step_seconds=0.1", steps=8))
-            for _ in range(2)
-        ]
-        until_running(server, 2)
-        poison = server.generate(body("fault:exit step=3 step_seconds=0.05", steps=8))
-        assert (poison.status_code, code(poison)) == (500, "poison")
-        assert [mate.result().status_code for mate in mates] == [200, 200]
-
-
-def test_a_crash_loop_ends_in_quarantine_and_the_rest_serve_on(
-    tmp_path: Path, models: Path
-) -> None:
-    # Of nine deaths before ready one worker has five, the other at most four.
-    script = f"die_before_ready code=4 count_file={tmp_path / 'count'} times=9"
-    settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": script, "DEVICES": "cpu,cpu"}
-    with running(tmp_path, SCRIPTED, workers=1, **settings) as server:
-
-        def states() -> list[str]:
-            return sorted(worker["state"] for worker in server.placement())
-
-        wait_until(lambda: states() == ["quarantined", "ready"])
-        assert set(exits(server)) == {"exited with code 4"}
-        assert server.generate(body()).status_code == 200
-        assert server.client.get("/ready").status_code == 200
-        assert server.client.post("/restart").status_code == 202
-        wait_until(lambda: states() == ["ready", "ready"])
-
-
-def test_without_any_worker_the_server_says_so(tmp_path: Path, models: Path) -> None:
-    settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": "die_before_ready code=4"}
-    with running(tmp_path, SCRIPTED, workers=0, **settings) as server:
-        assert server.client.get("/ready").status_code == 503
-        waiting = server.generate(
-            body()
-        )  # accepted while there is hope, answered when there is not
-        assert (waiting.status_code, code(waiting)) == (503, "unavailable")
-        assert [worker["state"] for worker in server.placement()] == ["quarantined"]
-        assert code(server.generate(body())) == "unavailable"
-        assert server.client.get("/ready").status_code == 503
-        assert server.client.get("/health").status_code == 200
-
-
-@pytest.mark.parametrize("at_work", [False, True], ids=["idle", "at work"])
-def test_nothing_is_left_of_a_killed_supervisor(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor, at_work: bool
-) -> None:
-    settings = {"MODEL_DIR": str(models), "DEVICES": "cpu,cpu,cpu"}
-    pid_file = tmp_path / "pid"
-    with running(tmp_path, SCRIPTED, workers=3, **settings) as server:
-        if at_work:  # in a step with a grandchild, in a load, and idle
-            for prompt, name in (
-                (f"fault:grandchild step=2 pid_file={pid_file} step_seconds=0.2", "cat"),
-                ("fault:slow load_seconds=60", "dog"),
-            ):
-                callers.submit(server.generate, body(prompt, steps=500, checkpoint=name))
-            until_running(server, 2)
-            wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
-        family = psutil.Process(server.process.pid).children(recursive=True)
-        assert len(family) >= (4 if at_work else 3)
-        server.process.kill()
-        wait_until(lambda: not any(lives(process.pid) for process in family), 10)
-
-
-def test_a_server_that_drains_finishes_its_work_and_exits_with_zero(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor
-) -> None:
-    settings = {"MODEL_DIR": str(models), "IGI_SCRIPT": "ignore_term"}
-    with running(tmp_path, SCRIPTED, **settings) as server, httpx.Client() as idle:
-        idle.get(f"{server.url}/health")  # keeps its connection
-        slow = body("fault:slow step_seconds=0.1", steps=8)
-        first = callers.submit(server.generate, slow)
-        until_running(server)
-        queued = callers.submit(server.generate, slow)
-        stream = callers.submit(server.generate, slow, headers={"Accept": "text/event-stream"})
-        until_queued(server, 2)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.client.get("/ready").status_code == 503)
-        late = server.generate(body())
-        assert (late.status_code, code(late)) == (503, "draining")
-        assert int(late.headers["Retry-After"]) >= 1
-        assert server.client.get("/health").status_code == 200
-        assert [first.result().status_code, queued.result().status_code] == [200, 200]
-        assert "event: finished" in stream.result().text
-        assert server.process.wait(15) == 0
-
-
-def test_what_is_not_done_when_the_drain_is_over_is_answered(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor
-) -> None:
-    settings = {"MODEL_DIR": str(models), "DRAIN_SECONDS": "0.5"}
-    with running(tmp_path, SCRIPTED, **settings) as server:
-        endless = body("fault:slow step_seconds=0.1", steps=1000)
-        work = [callers.submit(server.generate, endless) for _ in range(2)]
-        until_queued(server, 1)
-        assert server.stop() == 0
-        assert [code(each.result()) for each in work] == ["draining"] * 2
-
-
-def test_a_second_signal_ends_the_server_at_once(
-    tmp_path: Path, models: Path, callers: ThreadPoolExecutor
-) -> None:
-    with running(tmp_path, SCRIPTED, MODEL_DIR=str(models)) as server:
-        callers.submit(server.generate, body("fault:slow step_seconds=0.1", steps=1000))
-        until_running(server)
-        family = psutil.Process(server.process.pid).children(recursive=True)
-        server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: server.client.get("/ready").status_code == 503)
-        began = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(10)
-        assert time.monotonic() - began < 3
-        wait_until(lambda: not any(lives(process.pid) for process in family), 10)

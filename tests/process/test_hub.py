@@ -164,7 +164,7 @@ def test_a_hub_that_cannot_be_reached_is_said_and_then_left_alone(tmp_path: Path
 
 
 def test_a_full_disk_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: object) -> None:
+    def full(*told: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr(hub, "_download_files", full)

@@ -4,6 +4,11 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from supervisor.app import OPERATIONS
+from supervisor.errors import CATALOGUE
+from supervisor.metrics import RUNGS
+from supervisor.states import JobState, WorkerState
+from supervisor.worker import CauseKind
 from tests.tools import weights
 from tests.tools.server import SCRIPTED, RunningServer, running, wait_until
 
@@ -66,3 +71,35 @@ def test_the_figures_tell_what_happened(tmp_path: Path) -> None:
     assert sum((value("igi_step_seconds_count", id) or 0) for id in "01") == 3
     assert sum((value("igi_model_loads_total", id) or 0) for id in "01") >= 1
     assert (value("process_resident_memory_bytes") or 0) > 0
+
+
+BOUNDED = {
+    "route": {operation.path for operation in OPERATIONS} | {"other"},
+    "status": {"none", *(f"{hundreds}xx" for hundreds in range(1, 6))},
+    "code": {"", *CATALOGUE},
+    "state": {*JobState, *WorkerState},
+    "reason": {*CauseKind},
+    "rung": {*RUNGS, "failed", "other"},
+    "kind": {"total", "used", "free"},
+    "worker": {"0"},
+}
+
+
+def test_every_label_takes_few_values_whatever_callers_and_workers_say(tmp_path: Path) -> None:
+    weights.files(tmp_path / "models/checkpoints/cat", weights.checkpoint_files("sd15"))
+    odd = ["out_of_memory memory_fallback=magic", "fail code=no_such_code", "exit code=3 step=1",
+           "reject code=odd field=odd", "garbage"]  # fmt: skip
+    with running(tmp_path, SCRIPTED) as server:
+        for number, fault in enumerate(odd):
+            parameters = {"prompt": f"fault:{fault}", "num_inference_steps": 2}
+            server.generate({"checkpoint": "cat", "parameters": parameters})
+            server.generate({"checkpoint": f"no-such-{number}"})
+            server.client.request(f"ODD{number}", f"/odd/{number}")
+            server.client.get(f"/images/odd-{number}.png")
+            server.client.get("/health", headers={"X-Request-Id": f"odd-{number}"})
+        wait_until(lambda: server.ready_count() == 1)
+        text = server.client.get("/metrics").text
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name.startswith("igi_") else ():
+            for name, value in sample.labels.items():
+                assert name == "le" or value in BOUNDED[name], sample

@@ -25,6 +25,11 @@ def opened(b64_json: str | None) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64_json)))
 
 
+def colour(answer: openai.types.ImagesResponse) -> Any:
+    """Of the first picture; a scripted worker's follows from the seed."""
+    return opened((answer.data or [])[0].b64_json).getpixel((0, 0))
+
+
 def png(size: tuple[int, int] = (64, 64), colour: Any = "red", mode: str = "RGB") -> bytes:
     file = io.BytesIO()
     Image.new(mode, size, colour).save(file, "PNG")
@@ -90,7 +95,9 @@ def test_our_own_fields_are_extensions(client: openai.OpenAI, scripted: RunningS
         "loras": [],
         "scheduler": "EulerDiscreteScheduler",
     }
-    client.images.generate(prompt="a fox", model="sd15", extra_body=extra)
+    first = client.images.generate(prompt="a fox", model="sd15", extra_body=extra)
+    again = client.images.generate(prompt="a fox", model="sd15", extra_body=extra)
+    assert colour(first) == colour(again)
 
 
 def test_streams_bring_partial_pictures_and_then_the_whole(client: openai.OpenAI) -> None:
@@ -124,10 +131,12 @@ def test_an_edit_with_a_mask_draws_at_the_pictures_size(client: openai.OpenAI) -
 
 
 def test_an_edit_takes_extensions_as_text(client: openai.OpenAI) -> None:
-    client.images.edit(
+    edited = client.images.edit(
         image=("a.png", png(), "image/png"), prompt="a fox", model="sd15", size="128x128",
         extra_body={"seed": 3, "strength": 0.5, "loras": json.dumps([])},
     )  # fmt: skip
+    drawn = client.images.generate(prompt="a fox", model="sd15", extra_body={"seed": 3})
+    assert colour(edited) == colour(drawn)
 
 
 def test_an_edit_streams_under_its_own_names(client: openai.OpenAI) -> None:

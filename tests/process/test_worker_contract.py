@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
+from gpu_worker.loop import EXIT_FATAL
 from ipc import messages as m
-from tests.tools.worker_client import REAL, SCRIPTED, WorkerClient, pictures
+from tests.tools.worker_client import (
+    ASSERTING,
+    LEAKING,
+    REAL,
+    SCRIPTED,
+    WorkerClient,
+    pictures,
+)
 
 KINDS = pytest.mark.parametrize("kind", [REAL, SCRIPTED], ids=["real", "scripted"])
 PARAMETERS = {"prompt": "a cat", "num_inference_steps": 3, "width": 64, "height": 64}
@@ -79,6 +87,77 @@ def test_another_protocol_is_refused_with_last_words(kind: tuple[str, ...]) -> N
         assert client.process.wait(10) != 0
 
 
+@pytest.mark.parametrize("comes_back", [True, False], ids=["back", "lost"])
+@pytest.mark.parametrize("kind", [LEAKING, SCRIPTED], ids=["real", "scripted"])
+def test_a_worker_whose_memory_does_not_come_back_asks_to_be_replaced_and_goes_on(
+    kind: tuple[str, ...],
+    comes_back: bool,
+    model: m.Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory_is_out = tmp_path / "out"
+    memory_is_out.write_text("text_encoder 1000")
+    monkeypatch.setenv("IGI_OUT_OF_MEMORY_FILE", str(memory_is_out))
+    monkeypatch.setenv("IGI_ALLOCATED_BYTES", "0" if comes_back else str(2**50))
+    prompt = f"fault:out_of_memory step=2 worn={int(not comes_back)}"
+    with WorkerClient(kind) as client:
+        client.ready()
+        failed = client.generate(**job(model, parameters=PARAMETERS | {"prompt": prompt}))[-1]
+        assert isinstance(failed, m.Failed)
+        assert failed.code == "out_of_memory"
+        memory_is_out.unlink()
+        received = client.generate(**job(model))
+        assert len(pictures(received)) == 2
+        asked = [each for each in received if isinstance(each, m.Worn)]
+        assert [each.reason for each in asked] == ([] if comes_back else ["memory"])
+        client.send(m.Shutdown())
+        assert client.process.wait(10) == 0
+
+
+@pytest.mark.parametrize(("part", "rung"), [("unet", "split_batch"), ("vae", "tiling")])
+@pytest.mark.parametrize("kind", [LEAKING, SCRIPTED], ids=["real", "scripted"])
+def test_a_job_that_memory_was_short_for_says_what_helped(
+    kind: tuple[str, ...],
+    part: str,
+    rung: str,
+    model: m.Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a step and in the VAE; the next job needs no help."""
+    memory_is_out = tmp_path / "out"
+    memory_is_out.write_text(f"{part} 1")
+    monkeypatch.setenv("IGI_OUT_OF_MEMORY_FILE", str(memory_is_out))
+    monkeypatch.setenv("IGI_ALLOCATED_BYTES", "0")
+    prompt = f"fault:out_of_memory step=2 memory_fallback={rung}"
+    request = job(model, calls=[m.Call(seed=1)])
+    with WorkerClient(kind) as client:
+        client.ready()
+        helped = client.generate(**request | {"parameters": PARAMETERS | {"prompt": prompt}})
+        assert len(pictures(helped)) == 1
+        told = [helped[-1], client.generate(**request)[-1]]
+        rungs = [each.memory_fallback for each in told if isinstance(each, m.Finished)]
+        assert rungs == [rung, None]
+
+
+@pytest.mark.parametrize("kind", [ASSERTING, SCRIPTED], ids=["real", "scripted"])
+def test_a_cuda_error_ends_a_worker_with_an_exit_code_of_its_own(
+    kind: tuple[str, ...], model: m.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    broken.touch()
+    monkeypatch.setenv("IGI_ASSERT_FILE", str(broken))
+    with WorkerClient(kind) as client:
+        client.ready()
+        prompt = {"prompt": "fault:cuda_error step=1"}
+        last_words = client.generate(**job(model, parameters=PARAMETERS | prompt))[-1]
+        assert isinstance(last_words, m.Fatal)
+        assert last_words.reason == "device"
+        assert last_words.detail.startswith("cannot go on: ")
+        assert client.process.wait(10) == EXIT_FATAL
+
+
 @KINDS
 def test_the_end_of_the_pipe_ends_a_worker(kind: tuple[str, ...]) -> None:
     with WorkerClient(kind) as client:
@@ -114,6 +193,17 @@ def test_a_job_is_told_from_loading_to_finished(client: WorkerClient, model: m.M
         received[-1].job  # type: ignore[union-attr]
     }
     assert all(data.startswith(b"\x89PNG") for data in pictures(received))
+
+
+def test_where_nobody_looks_every_phase_is_told_but_not_every_step(
+    client: WorkerClient, model: m.Model
+) -> None:
+    request = job(model, calls=[m.Call(seed=1)], parameters=PARAMETERS | {"num_inference_steps": 9})
+    received = client.generate(**request, progress_seconds=60.0)
+    told = [each.phase for each in received if isinstance(each, m.Progress)]
+    assert told == ["loading", "encoding", "denoising", "decoding"]
+    [first] = denoising(received)
+    assert (first.step, first.steps) == (1, 9)
 
 
 def denoising(received: list[m.FromWorker]) -> list[m.Progress]:

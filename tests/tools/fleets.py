@@ -8,9 +8,10 @@ from ipc import messages as m
 from supervisor.errors import Problem
 from supervisor.fleet import Fleet
 from supervisor.jobs import Job
+from supervisor.observer import Observer
 from supervisor.settings import Settings
 from supervisor.states import WorkerState
-from supervisor.worker import Worker
+from supervisor.worker import Cause, Worker
 from supervisor.worker_process import Exit
 
 SETTINGS = Settings(max_queue=3, step_timeout_seconds=60, load_timeout_seconds=600)
@@ -149,3 +150,43 @@ def refused(code: str) -> Iterator[Callable[[], Problem]]:
     except Problem as problem:
         problems.append(problem)
     assert [problem.code for problem in problems] == [code]
+
+
+def kinds(sent: list[m.ToWorker]) -> list[str]:
+    return [type(message).__name__ for message in sent]
+
+
+def crash_before_ready(fake: FakeFleet, id: int, times: int = 5) -> None:
+    worker = fake.worker(id)
+    for _ in range(times):
+        if worker.state is WorkerState.BACKING_OFF:
+            while worker.state is WorkerState.BACKING_OFF:
+                fake.pass_time(1)
+            fake.spawn(worker)
+        fake.die(id, 7)
+
+
+class Diary(Observer):
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+
+    def job_refused(self, code: str) -> None:
+        self.entries.append(f"refused {code}")
+
+    def job_dispatched(self, job: Job, worker: Worker) -> None:
+        self.entries.append(f"dispatched {job.id}")
+
+    def job_answered(self, job: Job, worker: Worker, finished: m.Finished) -> None:
+        self.entries.append(f"answered {job.id}")
+
+    def job_ended(self, job: Job) -> None:
+        self.entries.append(f"ended {job.id}")
+
+    def worker_exited(self, worker: Worker, cause: Cause) -> None:
+        self.entries.append(f"{cause.kind} {cause.words}")
+
+    def models_changed(
+        self, worker: Worker, loaded: list[m.Resident], unloaded: list[m.Resident]
+    ) -> None:
+        names = [[model.checkpoint for model in models] for models in (loaded, unloaded)]
+        self.entries.append(f"models {names}")

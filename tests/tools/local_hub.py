@@ -31,6 +31,8 @@ class LocalHub:
         """File names whose next download ends after so many bytes."""
         self.gate = threading.Event()
         self.gate.set()
+        self.gated_ending = ""
+        """Of the names of the files that the gate holds back."""
         self.endpoint = ""
 
     def names(self, repo: str) -> list[str]:
@@ -110,7 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._refuse(404, "EntryNotFound")
             return
-        self.state.gate.wait(30)
+        if name.endswith(self.state.gated_ending):
+            self.state.gate.wait(30)
         data = path.read_bytes()
         etag = hashlib.sha256(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.state.sha(repo)}

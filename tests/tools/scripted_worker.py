@@ -12,7 +12,8 @@ with a "fault", names what goes wrong, with settings after it:
 exit (code), abort, stop (SIGSTOP), hang (no progress, still alive), garbage (a
 frame that is no message), unknown_message, half_frame (then=exit|silence),
 oversized_frame (announces 4 GiB), out_of_memory (memory_fallback=RUNG finishes
-with it; without it the job fails), cuda_error (Fatal, exit 70), reject and fail
+with it; without it the job fails, and with worn=1 the worker then asks to be
+replaced), cuda_error (Fatal, exit 70), reject and fail
 (code, detail, field), ignore_term, grandchild (seconds; a sleep, its process id
 in pid_file), flood_stderr (bytes), print (bytes, to stdout), slow (nothing but
 its settings).
@@ -138,6 +139,7 @@ class ScriptedRunner:
         self.state = state
         self.lock = threading.Lock()
         self.cancelled: dict[str, threading.Event] = {}
+        self.told: dict[str, tuple[str, float]] = {}
         self.models: dict[str, m.Resident] = {}
         self.jobs: queue.SimpleQueue[loop.Work] = queue.SimpleQueue()
         capacity = int(self.defaults.get("capacity", 1))
@@ -166,6 +168,7 @@ class ScriptedRunner:
             except Ended:
                 pass
             self.cancelled.pop(work.job, None)
+            self.told.pop(work.job, None)
 
     def run(self, work: loop.Work) -> None:
         match work:
@@ -187,16 +190,16 @@ class ScriptedRunner:
         steps_each = int(work.parameters.get("num_inference_steps", 4))
         steps, step, began = steps_each * len(work.calls), 0, time.monotonic()
         for index, call in enumerate(work.calls):
-            self.progress(work.job, "encoding", step, steps)
+            self.progress(work, "encoding", step, steps)
             for number in range(steps_each):
                 self.fault(work, script, step + 1, due)
                 self.pause(work.job, script.get("step_seconds", 0))
                 step += 1
-                self.progress(work.job, "denoising", step, steps)
+                self.progress(work, "denoising", step, steps)
                 if number < work.previews:
                     data = picture(8, 8, call.seed + number, "jpeg", 0)
                     self.send(m.Preview(job=work.job, index=index, data=data))
-            self.progress(work.job, "decoding", step, steps)
+            self.progress(work, "decoding", step, steps)
             self.deliver(work, index, call, script)
         self.send(finished(work.job, script if due else {}, time.monotonic() - began, step))
 
@@ -209,7 +212,7 @@ class ScriptedRunner:
         self.send(m.Picture(job=work.job, index=index, data=data))
 
     def load(self, work: m.Generate | m.Load, script: Script) -> None:
-        self.progress(work.job, "loading", 0, 0)
+        self.progress(work, "loading", 0, 0)
         model = work.checkpoint
         size = sum(file.stat().st_size for file in files(Path(model.path)))
         with self.lock:
@@ -223,9 +226,13 @@ class ScriptedRunner:
         if not known:
             self.tell_residency()
 
-    def progress(self, job: str, phase: m.Phase, step: int, steps: int) -> None:
-        self.pause(job, 0)
-        self.send(m.Progress(job=job, phase=phase, step=step, steps=steps))
+    def progress(self, work: m.Generate | m.Load, phase: m.Phase, step: int, steps: int) -> None:
+        self.pause(work.job, 0)
+        pace = work.progress_seconds if isinstance(work, m.Generate) else 0.0
+        last_phase, last = self.told.get(work.job, ("", 0.0))
+        if phase != last_phase or time.monotonic() - last >= pace:
+            self.told[work.job] = (phase, time.monotonic())
+            self.send(m.Progress(job=work.job, phase=phase, step=step, steps=steps))
 
     def pause(self, job: str, seconds: float) -> None:
         if self.cancelled[job].wait(seconds):
@@ -259,7 +266,10 @@ class ScriptedRunner:
                 threading.Event().wait()
             case "out_of_memory" if "memory_fallback" not in script:
                 detail = script.get("detail", "cannot hold the job in the device's memory")
-                self.answer(m.Failed(job=job, code="out_of_memory", detail=detail))
+                self.send(m.Failed(job=job, code="out_of_memory", detail=detail))
+                if script.get("worn"):
+                    self.send(m.Worn(reason="memory", detail="cannot get 1.50 GB back"))
+                raise Ended
             case "cuda_error":
                 self.send(m.Fatal(reason="device", detail="cannot go on: a CUDA error"))
                 os._exit(loop.EXIT_FATAL)

@@ -32,9 +32,10 @@ def safetensors(path: Path, shapes: Shapes, metadata: Mapping[str, str] | None =
 
 def files(folder: Path, contents: Mapping[str, Any]) -> Path:
     """JSON by path; None makes an empty file, a .safetensors path takes shapes."""
+    for parent in {(folder / name).parent for name in contents}:
+        parent.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             safetensors(path, content)
         else:

@@ -13,6 +13,8 @@ from ipc.channel import BlockingChannel, Codec
 ROOT = Path(__file__).parents[2]
 REAL = ("-m", "gpu_worker")
 SCRIPTED = (str(ROOT / "tests/tools/scripted_worker.py"),)
+ASSERTING = (str(ROOT / "tests/tools/asserting_worker.py"),)
+LEAKING = (str(ROOT / "tests/tools/leaking_worker.py"),)
 ENDS = (m.Finished, m.Rejected, m.Failed, m.Cancelled, m.Fatal)
 
 

@@ -25,6 +25,7 @@ from ipc.channel import (
 
 CAP = 4 * 2**20
 PROGRESS = m.Progress(job="j", phase="denoising", step=1, steps=2)
+LARGE = m.Picture(job="j", index=0, data=b"x" * 10_000)
 
 
 class Ends:
@@ -208,6 +209,55 @@ async def ticker(late: list[float], now: Callable[[], float] = time.monotonic) -
         expected = now() + 0.005
         await anyio.sleep(0.005)
         late.append(now() - expected)
+
+
+def test_frames_that_come_together_or_in_crumbs_are_each_read_whole(ends: Ends) -> None:
+    frames = [frame(msgspec.msgpack.encode(PROGRESS)), frame(msgspec.msgpack.encode(LARGE))]
+
+    async def exchange() -> None:
+        supervisor = ends.supervisor()
+        os.write(ends.worker_writes, b"".join(frames))
+        assert not supervisor.is_whole(0)
+        length = await supervisor.receive_length()
+        assert supervisor.is_whole(length)
+        assert await supervisor.receive_payload(length) == PROGRESS
+        length = await supervisor.receive_length()
+        assert not supervisor.is_whole(length)  # it is larger than what is read at once
+        assert await supervisor.receive_payload(length) == LARGE
+
+        async def crumble() -> None:
+            for byte in frames[0]:
+                os.write(ends.worker_writes, bytes([byte]))
+                await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(crumble)
+            assert await supervisor.receive() == PROGRESS
+
+    anyio.run(exchange)
+
+
+def test_many_small_frames_do_not_hold_up_the_loop(ends: Ends) -> None:
+    many = frame(msgspec.msgpack.encode(PROGRESS)) * 1000
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async def exchange() -> None:
+        supervisor = ends.supervisor()
+        os.write(ends.worker_writes, many)
+        async with anyio.create_task_group() as group:
+            group.start_soon(count)
+            for _ in range(1000):
+                assert await supervisor.receive() == PROGRESS
+            group.cancel_scope.cancel()
+
+    anyio.run(exchange)
+    assert turns >= len(many) // 4096
 
 
 def test_closing_gives_both_descriptors_back(ends: Ends) -> None:

@@ -8,11 +8,10 @@ from supervisor.families import (
     Traits,
     WrongKind,
     checkpoint_traits,
-    file_kind,
-    file_traits,
     misfit,
     module_traits,
 )
+from supervisor.file_families import file_kind, file_traits
 from supervisor.headers import InvalidModel
 from tests.tools import weights
 from tests.tools.weights import tensors

@@ -109,7 +109,7 @@ def test_after_a_death_a_job_starts_anew_and_alone_with_the_same_seeds() -> None
     one.worker_lost(from_outside=True)
     assert (one.state, one.phase, one.step, one.pictures) == (JobState.QUEUED, None, 0, {})
     assert (one.deaths, one.killed_from_outside, one.left_worker, one.worker) == (1, 1, 3, None)
-    assert one.outgoing() == m.Generate(
+    assert one.outgoing(0.25) == m.Generate(
         job="job",
         pipeline="StableDiffusionPipeline",
         checkpoint=model(),
@@ -181,7 +181,7 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
     load = Job("load", m.Load(job="load", checkpoint=model()), 0, 9)
     assert (load.expected_steps(), load.expected_pictures, load.priority) == (0, 0, 0)
     load.dispatched(0, 0, swaps=True)
-    assert load.outgoing() == load.message
+    assert load.outgoing(0.25) == load.message
     event, _ = load.outcome_of(m.Finished(job="load"))
     assert event is JobEvent.FINISHED
 
@@ -208,3 +208,12 @@ def test_pictures_of_another_size_are_another_kind_of_work() -> None:
     assert small.kind != large.kind
     load = Job("load", m.Load(job="load", checkpoint=model()), 0, 9)
     assert load.kind == "/models/cat"
+
+
+def test_a_worker_tells_every_step_of_a_job_that_may_be_looked_at() -> None:
+    for followed, seconds in ((True, 0.0), (False, 0.25)):
+        one = job()
+        one.followed = followed
+        sent = one.outgoing(0.25)
+        assert isinstance(sent, m.Generate)
+        assert sent.progress_seconds == seconds

@@ -6,6 +6,7 @@ import anyio
 import pytest
 
 from ipc import messages as m
+from supervisor import placement
 from supervisor.fleet import Fleet
 from supervisor.lives import Lives, environment
 from supervisor.states import WorkerState
@@ -35,7 +36,10 @@ def test_a_worker_that_is_stopped_before_it_has_a_process_does_not_hold_up_the_e
     assert fleet.workers[0].last_exit is None
 
 
-def test_a_program_that_cannot_be_started_is_tried_again_later() -> None:
+def test_a_program_that_cannot_be_started_is_tried_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "FIRST_RESTART_SECONDS", 0.01)
     fleet = Fleet(SETTINGS, ["cpu"], draw=lambda: 0.0)
     worker = fleet.workers[0]
 

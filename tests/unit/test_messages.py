@@ -25,7 +25,7 @@ EXAMPLES: list[m.Message] = [
                vae=MODEL, controlnets=[MODEL], loras=[m.Lora(model=MODEL, scale=0.5)],
                refiner=m.Refiner(checkpoint=MODEL, parameters={"strength": 0.25}),
                safety_checker=True, output_format="png", output_quality=80, previews=1,
-               deterministic=True, alone=True, priority=-3),
+               deterministic=True, alone=True, priority=-3, progress_seconds=0.25),
     m.Load(job="j", checkpoint=MODEL, vae=MODEL),
     m.Unload(job="j", checkpoint=MODEL),
     m.Cancel(job="j"),
@@ -41,6 +41,7 @@ EXAMPLES: list[m.Message] = [
     m.Failed(job="j", code="generation_failed", detail="cannot"),
     m.Cancelled(job="j"),
     m.Residency(models=[RESIDENT], memory=MEMORY),
+    m.Worn(reason="memory", detail="cannot get 1.50 GB back"),
     m.Fatal(reason="a CUDA error", detail="device-side assert"),
 ]  # fmt: skip
 

@@ -1,8 +1,6 @@
 """The figures of the host, in the shape that webhooks and GET /stats promise."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,8 @@ import msgspec
 import pytest
 
 from supervisor import monitoring
+from supervisor.quota import Quota
+from supervisor.settings import GB
 
 
 class Frequency(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,13 +78,15 @@ def test_a_data_folder_that_is_gone_does_not_fail_the_caller(tmp_path: Path) -> 
     assert monitoring.storage(tmp_path / "gone") == {"used": None, "free": None}
 
 
-def test_nothing_heavy_is_imported_for_it() -> None:
-    program = (
-        "import sys, pathlib, supervisor.monitoring as m; m.system_stats(pathlib.Path('.'));"
-        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules); sys.exit(str(heavy)"
-        " if heavy else 0)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+def test_with_a_quota_the_storage_is_that_of_the_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(2**20))
+    quota = Quota(tmp_path, 3 * 2**20)
+    quota.walk()
+    assert monitoring.storage(tmp_path, quota) == {"used": 2**20 / GB, "free": 2 * 2**20 / GB}
+    quota.limit_bytes = 2**19
+    assert monitoring.storage(tmp_path, quota)["free"] == 0
+    quota.limit_bytes = 0
+    assert monitoring.storage(tmp_path, quota) == pytest.approx(monitoring.storage(tmp_path), 0.01)
 
 
 class FakeNvml:

@@ -125,7 +125,7 @@ def test_a_folder_that_comes_later_is_used_then(tmp_path: Path) -> None:
 def test_the_room_of_delivered_pictures_goes_back_to_the_disk(
     outbox: Outbox, tmp_path: Path
 ) -> None:
-    identifiers = outbox.put([event(payload=bytes(1_000_000)) for _ in range(8)], now=100.0)
+    identifiers = outbox.put([event(payload=bytes(250_000)) for _ in range(8)], now=100.0)
     for identifier in identifiers:
         outbox.delivered(identifier)
     outbox.close()  # which folds the journal in

@@ -101,3 +101,55 @@ def test_a_key_is_kept_as_long_as_its_job(records: Records, clock: Clock) -> Non
     claim.record.end(clock.now, answer=b"{}")
     clock.now = RETENTION_SECONDS
     assert records.claim("caller", "k", b"other").record is None
+
+
+def test_what_is_behind_a_job_that_runs_is_forgotten_in_its_time(
+    records: Records, clock: Clock
+) -> None:
+    running, ended = record("running"), record("ended")
+    claim = records.claim("caller", "k", b"body")
+    claim.record = ended
+    for each in (running, ended):
+        records.add(each)
+    ended.end(clock.now, answer=b"{}")
+    clock.now = RETENTION_SECONDS
+    assert code_of(lambda: records.find("ended")) == "forgotten"
+    assert records.find("running") is running
+    assert records.claim("caller", "k", b"other").record is None
+
+
+def test_a_job_that_was_long_prepared_is_kept_and_forgotten_like_any_other(
+    records: Records, clock: Clock
+) -> None:
+    """Its request came before those that stand in front of it."""
+    quick, long_prepared = record("quick"), record("long")
+    quick.accepted_at = clock.now = 300.0
+    for each in (quick, long_prepared):
+        records.add(each)
+        each.end(clock.now, answer=b"{}")
+    clock.now = 300.0 + RETENTION_SECONDS - 1
+    assert records.find("long") is long_prepared
+    quick.accepted_at = 1e9  # it stays in front
+    clock.now += 1
+    assert code_of(lambda: records.find("long")) == "forgotten"
+
+
+def test_looking_for_what_to_forget_does_not_take_longer_with_more_records(
+    records: Records, clock: Clock
+) -> None:
+    looked_at = 0
+
+    class Counted(Record):
+        @property
+        def ended_at(self) -> float | None:
+            nonlocal looked_at
+            looked_at += 1
+            return None
+
+        @ended_at.setter
+        def ended_at(self, value: float | None) -> None: ...
+
+    for number in range(1000):
+        one = record(str(number))
+        records.add(Counted(one.job, one.body, one.prepared, one.batch_id, clock.now))
+    assert looked_at <= 1000

@@ -1,6 +1,7 @@
 """Placement against simpler rules, in the simulation that docs/placement.md shows."""
 
 import runpy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ OURS, *OTHERS = ("expected completion (ours)", "any idle worker", "only the hold
 
 @pytest.fixture(scope="module")
 def simulation() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "scripts" / "simulate_placement"))
+    names = runpy.run_path(str(ROOT / "scripts" / "simulate_placement"))
+    return names | {"figures": cache(names["figures"])}
 
 
 @pytest.mark.parametrize("swaps", ["from the page cache", "as Diffusers loads"])

@@ -25,15 +25,15 @@ from supervisor.states import (
 
 # Written out by hand, apart from the table: state by state, what each event leads to.
 WORKERS = """
-             ready_rep restart_req stop_req drained fatal_rep stalled  protocol stop_timed exited  backoff  gave_up
-starting     ready     starting    stopping -       stopping  killing  killing  -          backing -        -
-ready        -         draining    stopping -       stopping  killing  killing  -          backing -        -
-draining     -         draining    stopping stopping stopping killing  killing  -          backing -        -
-stopping     stopping  stopping    stopping -       stopping  killing  killing  killing    backing -        -
-killing      killing   killing     killing  -       killing   killing  killing  killing    backing -        -
-backing_off  -         backing     stopped  -       -         -        -        -          -       starting quarantined
-quarantined  -         backing     stopped  -       -         -        -        -          -       -        -
-stopped      -         stopped     stopped  -       -         -        -        -          -       -        -
+            ready_rep restart_req stop_req drained  worn_rep fatal_rep stalled protocol stop_timed exited  backoff  gave_up
+starting    ready     starting    stopping -        -        stopping  killing killing  -          backing -        -
+ready       -         draining    stopping -        draining stopping  killing killing  -          backing -        -
+draining    -         draining    stopping stopping draining stopping  killing killing  -          backing -        -
+stopping    stopping  stopping    stopping -        stopping stopping  killing killing  killing    backing -        -
+killing     killing   killing     killing  -        killing  killing   killing killing  killing    backing -        -
+backing_off -         backing     stopped  -        -        -         -       -        -          -       starting quarantined
+quarantined -         backing     stopped  -        -        -         -       -        -          -       -        -
+stopped     -         stopped     stopped  -        -        -         -       -        -          -       -        -
 """  # noqa: E501
 JOBS = """
           dispatched worker_lost finished failed cancelled expired
