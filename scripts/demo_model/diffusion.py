@@ -51,8 +51,10 @@ class NoiseLoss:
 
     At low noise by min-SNR-5 (Hang et al., 2023). At high noise, where the layout is decided, an
     error in it hardly shows in the predicted noise; there the weight is that of predicting
-    velocity, up to a cap reached at timestep 933: sampling in 20 steps begins at 951. With a cap of
-    20, reached at 765, "left" and "right" stayed a coin toss.
+    velocity, up to a cap reached at timestep 933: sampling in 20 steps begins at 951. Earlier
+    weights, trained with a cap of 20 (reached at 765), left "left" and "right" a coin toss. That
+    the cap was a cause was reasoned, not measured: the run that raised it was also the first with
+    a reader of layouts.
     """
 
     def __init__(self, device: torch.device) -> None:

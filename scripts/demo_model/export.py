@@ -1,5 +1,6 @@
 """Turns a work folder's results into the files that ship: fp16 safetensors in Diffusers' layout."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def export(work: Path, out: Path) -> None:
         weights = load_file(work / "outline" / OUTLINE_FILE)
         halves = {name: weight.half().contiguous() for name, weight in weights.items()}
         save_file(halves, out / OUTLINE_FILE, metadata={"format": "pt"})
+    _forget_origins(out)
     _check_sizes(out)
 
 
@@ -49,6 +51,14 @@ def _export_checkpoint(work: Path, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def _forget_origins(out: Path) -> None:
+    """Strip what Diffusers adds to a module that it loaded: the path of the work folder."""
+    for path in (*out.rglob("config.json"), *out.rglob("model_index.json")):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _check_sizes(out: Path) -> None:

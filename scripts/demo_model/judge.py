@@ -5,6 +5,7 @@ equal distances look about equally far; shapes by overlap with the ideal shape,
 both stretched to one box.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -17,13 +18,14 @@ from scipy import ndimage
 
 from scripts.demo_model.captions import Row
 from scripts.demo_model.shapes import DISTANCES
-from scripts.demo_model.world import BACKGROUNDS, COLOURS, RELATIONS
+from scripts.demo_model.world import BACKGROUNDS, COLOUR_NAMES, COLOURS, RELATIONS
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _FRAME: Final = 5  # pixels along the border in which a background is looked for
 _LEAST_AREA: Final = 0.0025  # of the picture, once a pixel is taken off all around
+_RIM: Final = 8  # pixels that an outline is wide at most
 _BOX: Final = 48  # pixels; the side to which shapes are stretched for comparison
 
 
@@ -70,6 +72,26 @@ def object_colour(picture: Image.Image) -> int | None:
     areas = [0 if c == ground else _largest_area(nearest == c) for c in range(len(COLOURS))]
     best = int(np.argmax(areas))
     return best if areas[best] >= _LEAST_AREA * nearest.size else None
+
+
+def patch(picture: Image.Image, *colours: str, among: Collection[str] = COLOUR_NAMES) -> Mask:
+    """Return the largest patch, [H, W], nearer to some of the colours than to others `among`."""
+    names = tuple(among)
+    nearest = _nearest(oklab(picture), _of(*names))
+    return _largest(np.isin(nearest, [names.index(colour) for colour in colours]))
+
+
+def tint(picture: Image.Image, thing: str, ground: str) -> float:
+    """Return how far the inside of an object is on the way from the ground's colour to its own.
+
+    0 for an outline and 1 for a filled shape, as a mean over the patch that the object encloses,
+    without its rim.
+    """
+    whole = ndimage.binary_fill_holes(patch(picture, thing, among=(thing, ground)))
+    inside = oklab(picture)[ndimage.binary_erosion(whole, iterations=_RIM)]
+    start, end = _of(ground, thing)
+    along = (inside - start) @ (end - start) / ((end - start) @ (end - start))
+    return float(along.mean()) if len(along) else 0.0
 
 
 def object_mask(pixels: Floats, row: Row, which: int) -> Mask:
@@ -151,6 +173,10 @@ def _ideal_shapes() -> tuple[Mask, ...]:
 @cache
 def _palette() -> Floats:
     return _to_oklab(np.array(tuple(COLOURS.values())) / 255)
+
+
+def _of(*names: str) -> Floats:
+    return _palette()[[COLOUR_NAMES.index(name) for name in names]]
 
 
 def _nearest(pixels: Floats, colours: Floats) -> NDArray[np.int64]:

@@ -59,9 +59,14 @@ def layouts(scenes: Scenes, device: torch.device) -> Layouts:
         some = scenes[slice(start, start + _CHUNK)].to(device)
         nearest, which = object_distances(some, GRID).flatten(2).min(1)
         parts.append((nearest < _NEAR, some.colour.gather(1, which), some.shape.gather(1, which)))
-    cells = (torch.cat(part).to(torch.uint8) for part in zip(*parts, strict=True))
-    ground = (scenes.background.to(device, torch.uint8), scenes.ground.to(device, torch.uint8))
-    return Layouts(*cells, *ground)
+    present, colour, shape = (torch.cat(part).to(torch.uint8) for part in zip(*parts, strict=True))
+    return Layouts(
+        object=present,
+        colour=colour,
+        shape=shape,
+        background=scenes.background.to(device, torch.uint8),
+        ground=scenes.ground.to(device, torch.uint8),
+    )
 
 
 class LayoutReader(nn.Module):

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from scripts.demo_model.scenes import Scenes
 from scripts.demo_model.shapes import DISTANCES
-from scripts.demo_model.world import BACKGROUNDS, COLOURS, NATIVE_SIZE
+from scripts.demo_model.world import BACKGROUNDS, COLOURS, NATIVE_SIZE, SHAPES
 
 _ABSENT = 1.0  # a distance, in image widths, at which nothing is drawn
 _STROKE = 0.016  # half the width of an outline, in image widths: 4 pixels in all
 _EDGE = 0.008  # half the width of an edge map's line
+_LARGE = 0.28  # half the extent of a large shape, in image widths
 _SHADOW = (0.012, 0.02)
 _CREAM = (0.96, 0.91, 0.80)
 _CHUNK = 512  # scenes drawn at once
@@ -46,6 +47,17 @@ def render_edges(scenes: Scenes, size: int = NATIVE_SIZE) -> Tensor:
     """Draw the objects' contours, white on black, as [N, 3, size, size] float32 in 0..1."""
     lines = _cover(object_distances(scenes, size).abs() - _EDGE, size).amax(1, keepdim=True)
     return lines.expand(-1, 3, -1, -1)
+
+
+def large_shape(shape: str, size: int = NATIVE_SIZE) -> tuple[Tensor, Tensor]:
+    """Draw one shape in the middle: where it is, [size, size] bool, and its contour in 0..1.
+
+    The contour is a ControlNet's hint, as `render_edges` draws them for training.
+    """
+    x, y = _grid(size, torch.device("cpu"))
+    distance = DISTANCES[SHAPES.index(shape)]
+    away = distance((x - 0.5) / _LARGE, (0.5 - y) / _LARGE) * _LARGE
+    return away < 0, _cover(away.abs() - _EDGE, size)
 
 
 def render_paper(scenes: Scenes, size: int = NATIVE_SIZE, fill: Tensor | float = 1.0) -> Tensor:
