@@ -21,7 +21,7 @@ import torch
 from gpu_worker import compilers, device, failures, images, models, pipelines
 from gpu_worker.aftermath import Aftermath
 from gpu_worker.company import needs_to_be_alone
-from gpu_worker.compilers import Compiler
+from gpu_worker.compilers import Compiler, Stalls
 from gpu_worker.engine import Engine, Task
 from gpu_worker.failures import JobCancelled
 from gpu_worker.forwards import Forwards
@@ -53,7 +53,7 @@ class BatchingRunner:
         self._jobs: dict[str, Job] = {}
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, "encode")
-        self._compiler = compiler(start)
+        self._compiler = compiler(start, self._stalls)
         self._loader = Loader(self._made_library)
         memory = None if start.device == "cpu" else CudaMemory(torch.device(start.device))
         limits = Limits(buckets=self._compiler.buckets, memory=memory)
@@ -244,6 +244,12 @@ class BatchingRunner:
             return True
         return self._loader.call(self._loader.library.drop_idle).result()
 
+    def _stalls(self) -> None:
+        """Code is about to be loaded: so that nobody takes that for a hang, jobs load again."""
+        for job in list(self._jobs.values()):
+            if job.told:
+                self._send(Progress(job=job.id, phase="loading"))
+
     def _made_library(self) -> Library:
         start = self._start
         budget = device.budget_bytes(start)
@@ -256,10 +262,11 @@ class BatchingRunner:
         self._send(Residency(models=models, memory=device.memory(self._start)))
 
 
-def compiler(start: Start) -> Compiler:
+def compiler(start: Start, stalls: Stalls) -> Compiler:
     """Raises CannotCompile."""
     cache = None if start.cache_dir is None else Path(start.cache_dir) / "inductor"
-    return compilers.build(start.compile_backend, start.cuda_graph, start.device, cache)
+    backend, graphs = start.compile_backend, start.cuda_graph
+    return compilers.build(backend, graphs, start.device, cache, stalls)
 
 
 def claims(work: Generate) -> dict[Hashable, Hashable]:

@@ -18,12 +18,17 @@ from gpu_worker.interposer import Target
 log = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
+Stalls = Callable[[], None]
 Backend = Literal["none", "inductor", "stable-fast"]
 
 BUCKETS = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 """Rows of merged calls: at most a third more work than asked for, nine graphs a shape."""
 NOT_DENOISERS = frozenset({"input_ids", "pixel_values"})
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+def _nothing() -> None:
+    pass
 
 
 class CannotCompile(Exception):
@@ -52,10 +57,13 @@ class Compiler(Protocol):
         """Ends what runs in the background, as soon as that can be."""
 
 
-def build(backend: Backend, cuda_graph: bool, device: str, cache: Path | None) -> Compiler:
+def build(
+    backend: Backend, cuda_graph: bool, device: str, cache: Path | None, stalls: Stalls = _nothing
+) -> Compiler:
     """The compiler that the settings ask for. Raises CannotCompile.
 
-    `cache` is a folder for compiled code that later processes find again.
+    `cache` is a folder for compiled code that later processes find again; `stalls` is called
+    before calls are held up for seconds, while code is loaded or traced.
     """
     from gpu_worker.compilers.cuda_graph import CudaGraphs
     from gpu_worker.compilers.none import Uncompiled
@@ -64,11 +72,11 @@ def build(backend: Backend, cuda_graph: bool, device: str, cache: Path | None) -
     if backend == "inductor":
         from gpu_worker.compilers.inductor import Inductor
 
-        compiler = Inductor(cache, torch.device(device))
+        compiler = Inductor(cache, torch.device(device), stalls)
     elif backend == "stable-fast":
         from gpu_worker.compilers.stable_fast import StableFast
 
-        compiler = StableFast(device)
+        compiler = StableFast(device, stalls)
     if cuda_graph and device == "cpu":
         log.warning("CUDA_GRAPH has no effect on a CPU")
     graphs = cuda_graph and device != "cpu"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_worker.compilers import CannotCompile, Function, shape_key, worth_compiling
+from gpu_worker.compilers import CannotCompile, Function, Stalls, shape_key, worth_compiling
 from gpu_worker.interposer import Target
 
 MAX_TRACED = 24
@@ -38,7 +38,7 @@ class StableFast:
     buckets: tuple[int, ...] | None = tuple(range(1, 33))
     memory_format = torch.channels_last
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, stalls: Stalls = lambda: None) -> None:
         """Raises CannotCompile where the package is missing."""
         if device == "cpu" or importlib.util.find_spec("sfast") is None:
             reason = "it needs a GPU" if device == "cpu" else "the package is not installed"
@@ -46,6 +46,7 @@ class StableFast:
                 f"cannot use COMPILE_BACKEND=stable-fast: {reason} "
                 "(scripts/build_stable_fast builds it)"
             )
+        self._stalls = stalls
         self._seen: set[Hashable] = set()
         self._traced: dict[Hashable, Traced] = {}
 
@@ -58,6 +59,7 @@ class StableFast:
         if key not in self._seen or len(self._traced) >= MAX_TRACED:
             self._seen.add(key)
             return target.run
+        self._stalls()
         self._traced[key] = Traced(target, _traced(target))
         return self._traced[key]
 

@@ -82,6 +82,19 @@ def test_what_the_child_compiled_is_found_and_not_compiled_again(inductor: Induc
     assert counters["inductor"]["fxgraph_cache_miss"] == 0
 
 
+def test_a_call_that_is_held_up_by_loading_is_announced(tmp_path: Path) -> None:
+    held_up: list[str] = []
+    inductor = Inductor(tmp_path, torch.device("cpu"), lambda: held_up.append("loading"))
+    module = Denoiser()
+    wanted, kwargs = target(module), call(2)
+    warmed(inductor, wanted, kwargs)
+    assert not held_up
+    for _ in range(2):
+        inductor.run(wanted, (), kwargs)
+    assert held_up == ["loading"]
+    inductor.close()
+
+
 def test_calls_run_uncompiled_until_the_code_is_ready(inductor: Inductor) -> None:
     module = Denoiser()
     wanted, kwargs = target(module), call(2)
