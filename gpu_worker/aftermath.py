@@ -7,6 +7,7 @@ import gc
 from typing import NoReturn
 
 from gpu_worker import device
+from gpu_worker.compilers import Compiler
 from gpu_worker.engine import Engine, Task
 from gpu_worker.loader import Loader
 from gpu_worker.loop import Send
@@ -17,8 +18,11 @@ from ipc.messages import Start
 class Aftermath:
     """Looks in a task that runs alone: only then is every byte either a model's or lost."""
 
-    def __init__(self, start: Start, engine: Engine, loader: Loader, send: Send) -> None:
+    def __init__(
+        self, start: Start, engine: Engine, loader: Loader, compiler: Compiler, send: Send
+    ) -> None:
         self._start = start
+        self._compiler = compiler
         self._engine = engine
         self._loader = loader
         self._send = send
@@ -33,6 +37,7 @@ class Aftermath:
 
     def _look(self) -> None:
         self._is_due = False
+        self._compiler.give_way()  # graphs hold tensors of their own
         gc.collect()
         device.free(self._start)
         allocated = device.allocated_bytes(self._start)

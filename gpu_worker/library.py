@@ -149,9 +149,10 @@ class Library:
 
     def _make_room(self, size: int, model: Model) -> None:
         """Drops as much as so many bytes need. Raises MemoryShort."""
-        while self.held_bytes() + size > self.budget_bytes:
+        while self._budgeted_bytes() + size > self.budget_bytes:
             idle = [holding for holding in self._held.values() if not holding.users]
-            if not idle:
+            if not idle or size > self.budget_bytes:
+                self._modules.free()  # what was dropped for it has nobody to go to
                 raise MemoryShort(
                     f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
                     f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights"
@@ -162,7 +163,13 @@ class Library:
             self._changed()
 
     def held_bytes(self) -> int:
-        """Of the weights that are on the device, by their files."""
+        """Of all modules' tensors: their types may be wider than their files are counted by."""
+        modules = [part for holding in self._held.values() for part in holding.parts.values()
+                   if isinstance(part, torch.nn.Module)]  # fmt: skip
+        tensors = [each for module in modules for each in (*module.parameters(), *module.buffers())]
+        return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
+
+    def _budgeted_bytes(self) -> int:
         return sum(holding.bytes for holding in self._held.values())
 
     def _drop(self, holding: Holding) -> None:

@@ -22,7 +22,7 @@ from gpu_worker.folders import BrokenModel
 from gpu_worker.host_copies import HostCopies, Weights
 from gpu_worker.host_tier import CannotMap, HostTier, identity
 from gpu_worker.single_files import Plan
-from gpu_worker.slots import DoesNotFit, Spares, exchange, lookup, signature, skeleton
+from gpu_worker.slots import DoesNotFit, Spares, exchange, lay_out, lookup, signature, skeleton
 from gpu_worker.vaes import settled
 from ipc.messages import Model
 
@@ -105,7 +105,9 @@ class Modules:
         """
         module = None if wanted.plan is None else self._spares.take(wanted.key)
         if module is None or not self._filled(module, wanted):
-            module = self._laid_out(self._new(wanted))
+            module = self._new(wanted)
+            if isinstance(module, torch.nn.Module):
+                lay_out(module, self._memory_format)
             module = settled(module) if wanted.settles else module
         if wanted.key is not None:
             self._keys[module] = wanted.key
@@ -155,11 +157,6 @@ class Modules:
             if module is not None and self._filled(module, wanted):
                 return module
         return wanted.load()
-
-    def _laid_out(self, part: Any) -> Any:
-        """Convolutions' weights as the compiler wants them; a later exchange keeps that."""
-        is_module = isinstance(part, torch.nn.Module)
-        return part.to(memory_format=self._memory_format) if is_module else part
 
     def _filled(self, module: torch.nn.Module, wanted: Wanted) -> bool:
         weights = {} if wanted.plan is None else wanted.plan.weights

@@ -59,7 +59,7 @@ class BatchingRunner:
         limits = Limits(buckets=self._compiler.buckets, memory=memory)
         forwards = Forwards(limits, execute=self._compiler.run, evict=self._evict)
         self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
-        self._aftermath = Aftermath(start, self._engine, self._loader, send)
+        self._aftermath = Aftermath(start, self._engine, self._loader, self._compiler, send)
         device.quiet_libraries()
         # What was imported never becomes garbage: no collection has to look at it again.
         gc.freeze()

@@ -72,6 +72,13 @@ def skeleton(
     return module.eval()
 
 
+def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Convolutions' weights lie so in memory from now on; a later exchange keeps that."""
+    for parameter in module.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
 def exchange(module: nn.Module, weights: Weights) -> None:
     """The module's weights become these, in place. Raises DoesNotFit before any is written."""
     pairs = list(places(module, weights))

@@ -4,8 +4,7 @@ from ipc.messages import Worn
 
 GB = 2**30
 LOST_PART = 0.05
-"""Of the device. Weights are accounted for by their files, which is not exact to the byte:
-libraries keep workspaces, and a VAE may be held in a wider type."""
+"""Of the device: libraries keep workspaces, which are no model's."""
 LEAST_LOST_BYTES = GB // 2
 
 

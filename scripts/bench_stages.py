@@ -26,6 +26,7 @@ from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import LAYOUTS, Target, interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.slots import lay_out
 from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
 
 STARTED = time.monotonic()
@@ -121,7 +122,7 @@ class Server:
 
     def _lay_out(self, memory_format: torch.memory_format) -> None:
         for module in {module for module, _ in self._parts}:
-            module.to(memory_format=memory_format)
+            lay_out(module, memory_format)
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -326,7 +327,7 @@ def decoder(results: Results, name: str, device: torch.device, work: Path) -> No
     inductor = Inductor(work / "inductor", device)
     expected = target.run(**kwargs)[0]
     base, _ = timed(lambda: [target.run(**kwargs) for _ in range(5)])
-    vae.to(memory_format=inductor.memory_format)
+    lay_out(vae, inductor.memory_format)
     for _ in range(5):
         inductor.run(target, (), kwargs)
     began = time.monotonic()

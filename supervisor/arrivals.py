@@ -55,6 +55,9 @@ class Arrivals:
     async def settle(self, tasks: anyio.abc.TaskGroup, record: Record) -> None:
         """Returns once the request is a job; one of `tasks` goes on where it has to wait for a
         download. Raises Problem when it is refused."""
+        if self._fleet.draining:
+            raise Problem("draining", "cannot accept the job: the server is stopping",
+                          retry_after=5)  # fmt: skip
         arrival = Arrival(record)
         tasks.start_soon(self._arrive, tasks, arrival)
         try:
@@ -81,7 +84,9 @@ class Arrivals:
                 event = JobEvent.EXPIRED
                 raise Problem("deadline_exceeded", "cannot have the models downloaded within the "
                               "job's time limit", field="timeout_seconds")  # fmt: skip
-            if not record.job.has_ended:
+            if arrival.settled.is_set() and not record.job.has_ended:
+                self._fleet.prepared(record.job)
+            elif not record.job.has_ended:
                 self._fleet.submit(record.job)
                 self._adopt(arrival)
         except Exception as error:

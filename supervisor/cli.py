@@ -3,6 +3,7 @@
 import argparse
 import base64
 import json
+import logging
 import os
 import signal
 import sys
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def serve() -> int:
-    """Exit code 2 for settings that cannot be used."""
+    """Ends the process when the server has stopped; 2 for settings that cannot be used."""
     import anyio
 
     from supervisor import logs, sockets, storage
@@ -73,7 +74,10 @@ def serve() -> int:
         return 2
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the server takes signals over
     anyio.run(server.run)
-    return 0
+    # A thread that downloads cannot be told to stop, and Python would wait for it.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def wait(given: argparse.Namespace) -> int:

@@ -61,6 +61,10 @@ class Fleet:
         """Accepts the job, or raises Problem. Its outcome comes with jobs.Ended."""
         self.work.submitted(job)
 
+    def prepared(self, job: Job) -> None:
+        """A job that callers were told of before it could run: it is not refused any more."""
+        self.work.prepared(job)
+
     def cancel(self, job: Job) -> None:
         """Ends the job; its device stops within a step."""
         self.work.cancelled(job)

@@ -55,6 +55,8 @@ class Claim:
     """An idempotency key in use: by which body, for which record once there is one."""
 
     digest: bytes
+    at: float
+    """When it was made, by the monotonic clock."""
     record: Record | None = None
 
 
@@ -94,7 +96,7 @@ class Records:
         known = self._claims.get((caller, key))
         if known is None or self._is_stale(known):
             self._claims.pop((caller, key), None)  # the new one goes to the end
-            claim = self._claims[caller, key] = Claim(digest)
+            claim = self._claims[caller, key] = Claim(digest, self._now())
             return claim
         if known.digest != digest:
             raise Problem("key_reused", "cannot use this idempotency key for another request")
@@ -120,8 +122,9 @@ class Records:
                 self._forgotten[id] = now
         for id, _ in _while(self._forgotten, lambda at: now - at >= limit + 60):
             del self._forgotten[id]
-        for key, _ in _while(self._claims, self._is_stale):
-            del self._claims[key]
+        for key, claim in _while(self._claims, lambda each: now - each.at >= limit):
+            if self._is_stale(claim):
+                del self._claims[key]
 
     def _is_over(self, record: Record) -> bool:
         ended_at = record.ended_at

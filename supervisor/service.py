@@ -100,7 +100,7 @@ class Service:
         try:
             await self._arrivals.settle(self._tasks, record)
         except BaseException:
-            self._keeper.release(batch_id)
+            self._release(record)
             raise
         return record
 
@@ -151,9 +151,14 @@ class Service:
             record.end(now(), problem=Problem("internal_error", "cannot answer: a defect here"))
         finally:
             self._open -= 1
-            self._keeper.release(record.batch_id)
+            self._release(record)
         log.info("job ended", extra={"job": record.job.id, "request_id": request_id,
                                      "state": record.job.state.value})  # fmt: skip
+
+    def _release(self, record: Record) -> None:
+        """The batch id, where this request has reserved it: it may be another's."""
+        if record.body.store_images:
+            self._keeper.release(record.batch_id)
 
     async def _answer(self, record: Record) -> bytes:
         outcome = record.job.outcome

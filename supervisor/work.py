@@ -68,6 +68,10 @@ class Work:
         if problem is not None:
             self._observers.tell(lambda observer: observer.job_refused(problem.code))
             raise problem
+        self.prepared(job)
+
+    def prepared(self, job: Job) -> None:
+        """A job that was accepted, at once or before its models were downloaded, can run."""
         self.queued[job.id] = job
         self.dispatch()
 

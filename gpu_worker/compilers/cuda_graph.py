@@ -141,10 +141,12 @@ class CudaGraphs:
     def _capture(self, entry: Entry, kwargs: dict[str, Any]) -> None:
         if self.pool_bytes > self._max_pool_bytes:
             self._drop_graphs()
-        if not self.graphs:
-            # The allocator forgets a pool with its last graph: capturing into it again fails
-            # (seen when compiled code took the only graph's place).
-            self._pool, self.pool_bytes = torch.cuda.graph_pool_handle(), 0
+        # The allocator forgets a pool with its last graph: capturing into it again fails (seen
+        # when compiled code took the only graph's place). So may one in which a capture failed.
+        self.pool_bytes = self.pool_bytes if self.graphs else 0
+        if self._pool is None or not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # a capture does so itself, after the memory is counted
         before = torch.cuda.memory_reserved(self._device)
         try:
             entry.graph = Graph(entry.function, kwargs, self._pool)
@@ -153,7 +155,7 @@ class CudaGraphs:
                 raise
             # Work that cannot be captured, or no memory for it: it runs without.
             log.warning("cannot capture a graph of %s: %s", entry.target.architecture, error)
-            entry.refused = True
+            entry.refused, self._pool = True, None
         self.pool_bytes += max(0, torch.cuda.memory_reserved(self._device) - before)
 
     def _drop_graphs(self) -> None:

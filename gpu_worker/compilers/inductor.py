@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from gpu_worker.batching import Arguments, Layout
 from gpu_worker.compilers import Function, Stalls, shape_key, worth_compiling
 from gpu_worker.interposer import Target
+from gpu_worker.slots import lay_out
 
 MAX_ROWS = 32
 EXAMPLE_ROWS = 4
@@ -99,6 +100,7 @@ class Inductor:
         self, cache: Path | None, device: torch.device, stalls: Stalls = lambda: None
     ) -> None:
         self._stalls = stalls
+        _keep_processes_few()
         # With the rows dynamic, inductor leaves convolutions in the layout of their weights
         # (torch 2.11: GraphLowering.decide_layout_opt), and a GPU's tensor cores want this one:
         # seen 6.2 ms for two rows of an SD1.5 UNet on an H200, against 9.4 ms.
@@ -180,6 +182,11 @@ class Inductor:
         )
 
 
+def _keep_processes_few() -> None:
+    """Threads of compilation are processes, and every worker of the host may start them."""
+    torch._inductor.config.compile_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
+
+
 def _architecture(module: Any) -> Hashable:
     """Equal for modules that the same code can run."""
     config = dict(module.config)
@@ -206,14 +213,13 @@ def _fill_cache(order: Order, parent: int) -> float:
     from gpu_worker.__main__ import die_with_parent
 
     die_with_parent(parent)
+    _keep_processes_few()
     torch.set_num_threads(order.threads)
-    # Each is a process; every worker of the host may be compiling at the same time.
-    torch._inductor.config.compile_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
     began = time.monotonic()
     with accelerate.init_empty_weights(include_buffers=False):
         module = order.kind.from_config(order.config)
     module = module.to(order.dtype).to_empty(device=order.device).eval()
-    module = module.to(memory_format=order.memory_format)
+    lay_out(module, order.memory_format)
     example = tree_map(lambda leaf: _drawn(leaf, order.device), order.arguments)
     _compile(Order(**vars(order) | {"arguments": example}), module)
     return time.monotonic() - began

@@ -9,9 +9,12 @@ from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
 from gpu_worker import folders, slots
+from gpu_worker.failures import MemoryShort
 from gpu_worker.host_tier import CannotMap, HostTier, MappedFile
+from gpu_worker.library import Library
 from gpu_worker.modules import Modules
-from gpu_worker.slots import DoesNotFit, Spares, exchange, signature, skeleton
+from gpu_worker.slots import DoesNotFit, Spares, exchange, lay_out, signature, skeleton
+from ipc.messages import Model
 from tests.tools import tiny
 
 PARTS = [
@@ -100,6 +103,28 @@ def test_a_modules_layout_in_memory_outlives_an_exchange(tiny_models: Path, othe
         assert_the_same(second, folders.load_part(paths[1] / part, kind, torch.float32))
         weights = [each for each in second.parameters() if each.dim() == 4]
         assert all(weight.is_contiguous(memory_format=layout) for weight in weights)
+
+
+def test_only_weights_of_four_dimensions_are_laid_out_anew() -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv3d(4, 8, 3))
+    before = [parameter.clone() for parameter in module.parameters()]
+    lay_out(module, torch.channels_last)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module[1].weight.is_contiguous()
+    assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
+
+
+def test_a_model_too_large_for_the_device_drops_no_other(tiny_models: Path) -> None:
+    models = [Model(name=name, path=str(tiny_models / name)) for name in ("sd15", "sdxl")]
+    roomy = Library("cpu", torch.float32, BUDGET, lambda: None)
+    sizes = [roomy.checkpoint(model).bytes for model in models]
+    assert sizes[1] > sizes[0]
+    library = Library("cpu", torch.float32, sizes[1] - 1, lambda: None)
+    library.checkpoint(models[0])
+    with pytest.raises(MemoryShort):
+        library.checkpoint(models[1])
+    assert [each.checkpoint for each in library.residents()] == ["sd15"]
+    assert library.held_bytes() > 0
 
 
 def test_weights_that_lack_something_change_nothing(tiny_models: Path, other: Path) -> None:

@@ -13,7 +13,7 @@ STEPS = 12
 
 
 def body(**changes: Any) -> dict[str, Any]:
-    parameters = {"prompt": "fault:slow step_seconds=0.01", "num_inference_steps": STEPS}
+    parameters = {"prompt": "fault:slow step_seconds=0.05", "num_inference_steps": STEPS}
     return {"checkpoint": "sd15", "parameters": parameters} | changes
 
 

@@ -20,3 +20,4 @@ if __name__ == "__main__":
     command = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
     listening = sockets.listen(settings.host, settings.port)
     anyio.run(Server(settings, listening, command).run)
+    os._exit(0)  # as the command line does: threads that download are not waited for

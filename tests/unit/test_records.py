@@ -107,6 +107,7 @@ def test_what_is_behind_a_job_that_runs_is_forgotten_in_its_time(
     records: Records, clock: Clock
 ) -> None:
     running, ended = record("running"), record("ended")
+    records.claim("caller", "of the running one", b"body").record = running
     claim = records.claim("caller", "k", b"body")
     claim.record = ended
     for each in (running, ended):
@@ -115,6 +116,7 @@ def test_what_is_behind_a_job_that_runs_is_forgotten_in_its_time(
     clock.now = RETENTION_SECONDS
     assert code_of(lambda: records.find("ended")) == "forgotten"
     assert records.find("running") is running
+    assert len(records._claims) == 1
     assert records.claim("caller", "k", b"other").record is None
 
 
