@@ -153,3 +153,32 @@ def test_a_server_that_stops_answers_those_who_wait_for_a_download(
             assert (event, problem["code"]) == ("failed", "draining")
         assert stopped.result() == 0  # though the hub still does not answer
         hub_server.gate.set()
+
+
+def test_a_job_that_waits_for_a_download_is_finished_by_a_server_that_drains(
+    tmp_path: Path, hub_server: LocalHub, name: str
+) -> None:
+    hub_server.gate.clear()
+    settings = {"HF_ENDPOINT": hub_server.endpoint, "DRAIN_SECONDS": "30", "MAX_QUEUE": "1"}
+    with running(tmp_path, SCRIPTED, **settings) as server, ThreadPoolExecutor(1) as pool:
+        with server.client.stream("POST", "/generate", json=body(name), headers=STREAM) as response:
+            told = events(response)
+            assert [next(told)[0] for _ in range(2)] == ["queued", "loading"]
+            stopped = pool.submit(server.stop)
+            wait_until(lambda: server.client.get("/ready").status_code == 503)
+            late = server.generate(body("org/another"), headers=LATER)
+            assert (late.status_code, late.json()["code"]) == (503, "draining")
+            hub_server.gate.set()
+            assert list(told)[-1][0] == "finished"
+        assert stopped.result() == 0
+
+
+def test_a_refused_request_lets_go_of_no_other_jobs_batch_id(
+    server: RunningServer, hub_server: LocalHub, name: str
+) -> None:
+    asked = body(name, batch_id="shared", store_images=True)
+    accepted = server.generate(asked, headers=LATER)
+    assert accepted.status_code == 202
+    assert server.generate(body("nope", batch_id="shared")).status_code == 404
+    assert server.generate(asked).json()["code"] == "batch_id_exists"
+    server.client.delete(f"/jobs/{accepted.json()['id']}").raise_for_status()
