@@ -11,13 +11,11 @@ import torch
 
 from gpu_worker import adapters
 from gpu_worker.failures import MemoryShort, Refusal
-from gpu_worker.holdings import Holding as Holding  # callers take it from here
-from gpu_worker.holdings import Kind, on_device, on_host
+from gpu_worker.holdings import Holding, Kind, on_device, on_host
 from gpu_worker.host_tier import HostTier
 from gpu_worker.lora_files import Lora, LoraFiles
 from gpu_worker.modules import Modules
-from gpu_worker.reader import Nothing as Nothing
-from gpu_worker.reader import Reader, said_of
+from gpu_worker.reader import Nothing, Reader, said_of
 from gpu_worker.recipes import Recipes
 from ipc.messages import Model, Resident
 

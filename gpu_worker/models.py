@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_worker.failures import Refusal
-from gpu_worker.library import Holding, Library, Nothing
+from gpu_worker.holdings import Holding
+from gpu_worker.library import Library
 from gpu_worker.lora_files import Lora
+from gpu_worker.reader import Nothing
 from gpu_worker.vaes import pipeline_upcasts
 from ipc.messages import Generate, Model
 

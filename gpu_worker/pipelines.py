@@ -16,7 +16,7 @@ from PIL import Image
 
 from gpu_worker import images, prompts, schedulers
 from gpu_worker.failures import Refusal, RequestRefused
-from gpu_worker.library import Holding
+from gpu_worker.holdings import Holding
 from gpu_worker.models import Models
 from gpu_worker.steps import Bar, Watch
 from gpu_worker.transfer import OnDevice, stay_on_device

@@ -18,8 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from gpu_worker.adapters import AdapterState
 from gpu_worker.compilers.cuda_graph import CudaGraphs
 from gpu_worker.compilers.none import Uncompiled
+from gpu_worker.holdings import Holding
 from gpu_worker.interposer import LAYOUTS, Target
-from gpu_worker.library import Holding, Library
+from gpu_worker.library import Library
 from gpu_worker.lora_files import Factors, Lora
 from ipc.messages import Model
 from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, jobs_of, pipeline

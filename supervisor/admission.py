@@ -29,8 +29,7 @@ def refusal(situation: Situation) -> Problem | None:
     """Why the job cannot be accepted, or None."""
     now = situation
     if now.draining:
-        return Problem("draining", "cannot accept the job: the server is stopping",
-                       retry_after=whole_seconds(now.drain_seconds))  # fmt: skip
+        return draining(now.drain_seconds)
     if now.is_poison:
         return Problem("poison", "cannot accept the job: the same request has ended two workers")
     if not now.has_worker:
@@ -45,6 +44,11 @@ def refusal(situation: Situation) -> Problem | None:
         return Problem("too_late", detail, field="timeout_seconds",
                        retry_after=whole_seconds(wait))  # fmt: skip
     return None
+
+
+def draining(drain_seconds: float) -> Problem:
+    return Problem("draining", "cannot accept the job: the server is stopping",
+                   retry_after=whole_seconds(drain_seconds))  # fmt: skip
 
 
 def whole_seconds(seconds: float) -> int:

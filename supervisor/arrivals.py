@@ -55,9 +55,7 @@ class Arrivals:
     async def settle(self, tasks: anyio.abc.TaskGroup, record: Record) -> None:
         """Returns once the request is a job; one of `tasks` goes on where it has to wait for a
         download. Raises Problem when it is refused."""
-        if self._fleet.draining:
-            raise Problem("draining", "cannot accept the job: the server is stopping",
-                          retry_after=5)  # fmt: skip
+        self._fleet.asked()
         arrival = Arrival(record)
         tasks.start_soon(self._arrive, tasks, arrival)
         try:

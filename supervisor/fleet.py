@@ -61,6 +61,10 @@ class Fleet:
         """Accepts the job, or raises Problem. Its outcome comes with jobs.Ended."""
         self.work.submitted(job)
 
+    def asked(self) -> None:
+        """Before a job is prepared. Raises Problem where it would be refused whatever it is."""
+        self.work.asked()
+
     def prepared(self, job: Job) -> None:
         """A job that callers were told of before it could run: it is not refused any more."""
         self.work.prepared(job)

@@ -6,7 +6,7 @@ placement and suspects. Knows workers as what jobs run on, and nothing of their 
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import assert_never
+from typing import NoReturn, assert_never
 
 from ipc import messages
 from supervisor import admission, placement
@@ -66,9 +66,13 @@ class Work:
         """Accepts the job, or raises Problem. Its outcome comes with jobs.Ended."""
         problem = admission.refusal(self._situation(job))
         if problem is not None:
-            self._observers.tell(lambda observer: observer.job_refused(problem.code))
-            raise problem
+            self._refuse(problem)
         self.prepared(job)
+
+    def asked(self) -> None:
+        """Somebody wants a job that is not prepared yet. Raises Problem while draining."""
+        if self.draining:
+            self._refuse(admission.draining(self._settings.drain_seconds))
 
     def prepared(self, job: Job) -> None:
         """A job that was accepted, at once or before its models were downloaded, can run."""
@@ -195,6 +199,10 @@ class Work:
         return [job for w in workers for job in w.running.values() if not job.has_ended]
 
     # What admission looks at.
+
+    def _refuse(self, problem: Problem) -> NoReturn:
+        self._observers.tell(lambda observer: observer.job_refused(problem.code))
+        raise problem
 
     def _situation(self, job: Job) -> admission.Situation:
         settings, full = self._settings, len(self.queued) >= self._settings.max_queue

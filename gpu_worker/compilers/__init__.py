@@ -27,10 +27,6 @@ NOT_DENOISERS = frozenset({"input_ids", "pixel_values"})
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
-def _nothing() -> None:
-    pass
-
-
 class CannotCompile(Exception):
     """The wanted backend is not usable on this worker; says why in a sentence."""
 
@@ -58,7 +54,11 @@ class Compiler(Protocol):
 
 
 def build(
-    backend: Backend, cuda_graph: bool, device: str, cache: Path | None, stalls: Stalls = _nothing
+    backend: Backend,
+    cuda_graph: bool,
+    device: str,
+    cache: Path | None,
+    stalls: Stalls = lambda: None,
 ) -> Compiler:
     """The compiler that the settings ask for. Raises CannotCompile.
 

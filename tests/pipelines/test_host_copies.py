@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_worker import host_copies
+from gpu_worker.holdings import Holding
 from gpu_worker.host_copies import BOUNDARY_BYTES, HostCopies, HostCopy
 from gpu_worker.host_tier import HostTier
-from gpu_worker.library import Holding, Library
+from gpu_worker.library import Library
 from ipc.messages import Model
 from tests.tools import single_file
 

@@ -168,6 +168,7 @@ def test_a_job_that_waits_for_a_download_is_finished_by_a_server_that_drains(
             wait_until(lambda: server.client.get("/ready").status_code == 503)
             late = server.generate(body("org/another"), headers=LATER)
             assert (late.status_code, late.json()["code"]) == (503, "draining")
+            assert late.headers["retry-after"] == settings["DRAIN_SECONDS"]
             hub_server.gate.set()
             assert list(told)[-1][0] == "finished"
         assert stopped.result() == 0

@@ -9,13 +9,11 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpu_worker import __main__ as process
-from gpu_worker import guard, loop
-from ipc.messages import Start
+from tests.tools.real_worker import serve
 
 
 def is_due(file: Path) -> bool:
@@ -52,20 +50,5 @@ def make_breakable(file: Path) -> None:
     CLIPTextModel.forward = forward
 
 
-def main() -> NoReturn:
-    given = process.arguments(sys.argv[1:])
-    process.die_with_parent(given.parent)
-    guard.start(given.read_fd, given.write_fd)
-    os.environ.update(process.OFFLINE)
-
-    def make_runner(start: Start, send: loop.Send) -> loop.Runner:
-        make_breakable(Path(os.environ["IGI_ASSERT_FILE"]))
-        from gpu_worker.runner import BatchingRunner
-
-        return BatchingRunner(start, send)
-
-    process.run(given, make_runner)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda: make_breakable(Path(os.environ["IGI_ASSERT_FILE"])))

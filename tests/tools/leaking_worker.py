@@ -9,13 +9,11 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from gpu_worker import __main__ as process
-from gpu_worker import guard, loop
-from ipc.messages import Start
+from tests.tools.real_worker import serve
 
 
 def is_due(file: Path, part: str) -> bool:
@@ -56,21 +54,6 @@ def make_leaky(file: Path, allocated: int) -> None:
     device.allocated_bytes = lambda start: allocated
 
 
-def main() -> NoReturn:
-    given = process.arguments(sys.argv[1:])
-    process.die_with_parent(given.parent)
-    guard.start(given.read_fd, given.write_fd)
-    os.environ.update(process.OFFLINE)
-
-    def make_runner(start: Start, send: loop.Send) -> loop.Runner:
-        file = Path(os.environ["IGI_OUT_OF_MEMORY_FILE"])
-        make_leaky(file, int(os.environ["IGI_ALLOCATED_BYTES"]))
-        from gpu_worker.runner import BatchingRunner
-
-        return BatchingRunner(start, send)
-
-    process.run(given, make_runner)
-
-
 if __name__ == "__main__":
-    main()
+    file, allocated = os.environ["IGI_OUT_OF_MEMORY_FILE"], os.environ["IGI_ALLOCATED_BYTES"]
+    serve(lambda: make_leaky(Path(file), int(allocated)))
