@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from gpu_worker.transfer import sent
+
 Arguments = dict[str, Any]
 
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -113,7 +115,7 @@ def merge(
 
 
 def _vector(scalar: Any, rows: int, device: torch.device) -> torch.Tensor:
-    vector = torch.as_tensor(scalar, dtype=torch.float32, device=device).reshape(-1)
+    vector = sent(torch.as_tensor(scalar, dtype=torch.float32).reshape(-1), device)
     return vector.expand(rows) if vector.shape[0] == 1 else vector
 
 

@@ -75,11 +75,12 @@ class Outcome:
 @dataclass
 class Forwards:
     """`execute` is where a compiler slots in; `evict` frees idle models and says whether
-    it freed any. Outcomes stand in the calls' order."""
+    it freed any; `pace` is called after each forward. Outcomes stand in the calls' order."""
 
     limits: Limits = field(default_factory=Limits)
     execute: Execute = run_eagerly
     evict: Callable[[], bool] = lambda: False
+    pace: Callable[[], None] = lambda: None
 
     def max_rows(self, call: Call) -> int:
         layout = call.target.layout
@@ -128,7 +129,9 @@ class Forwards:
     ) -> Any:
         with self.limits.measured(call.shape, rows):
             execute = run_eagerly if call.plain else self.execute
-            return execute(call.target, args, kwargs)
+            output = execute(call.target, args, kwargs)
+        self.pace()
+        return output
 
     def _untouched(self, call: Call) -> Outcome:
         try:

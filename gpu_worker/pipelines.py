@@ -178,13 +178,16 @@ def fresh_schedulers(
         detail = "cannot choose a scheduler: this checkpoint uses none"
         raise Refusal("invalid_request", detail, "scheduler")
     try:
-        return {
+        fresh = {
             name: schedulers.build(own, wanted if name == "scheduler" else None, seed)
             for name, own in parts.items()
             if isinstance(own, SchedulerMixin)
         }
     except schedulers.SchedulerError as error:
         raise Refusal(error.code, str(error), error.field) from error
+    if "scheduler" in fresh and isinstance(parts.get("unet"), diffusers.UNet2DConditionModel):
+        schedulers.without_waits(fresh["scheduler"])
+    return fresh
 
 
 def checked(picture: Image.Image, safety_checker: Holding) -> Result:

@@ -32,6 +32,7 @@ from gpu_worker.limits import CudaMemory, Limits
 from gpu_worker.loader import Held, Loader
 from gpu_worker.loop import EXIT_FATAL, Send, Work
 from gpu_worker.models import Models
+from gpu_worker.pace import pace_of
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
 from gpu_worker.transfer import OnDevice
@@ -57,7 +58,8 @@ class BatchingRunner:
         self._loader = Loader(self._made_library)
         memory = None if start.device == "cpu" else CudaMemory(torch.device(start.device))
         limits = Limits(buckets=self._compiler.buckets, memory=memory)
-        forwards = Forwards(limits, execute=self._compiler.run, evict=self._evict)
+        pace = pace_of(torch.device(start.device))
+        forwards = Forwards(limits, self._compiler.run, self._evict, pace)
         self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
         self._aftermath = Aftermath(start, self._engine, self._loader, self._compiler, send)
         device.quiet_libraries()

@@ -5,11 +5,16 @@ side. The checkpoint's configuration is the base, so v-prediction, zero terminal
 and timestep spacing stay as it says unless the request's settings say otherwise.
 """
 
+import functools
 import inspect
+import sys
 from typing import Any
 
 import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
 
+from gpu_worker.transfer import sent
 from ipc.messages import Scheduler
 
 
@@ -66,3 +71,36 @@ def compatible_classes(own: Any) -> set[type[Any]]:
 
 
 DISTILLED = (diffusers.LCMScheduler, diffusers.TCDScheduler)
+
+
+def without_waits(scheduler: Any) -> Any:
+    """The scheduler, so changed that its steps do not wait for a GPU; its numbers stay the same.
+
+    Timesteps stay on the host, where DDIM and others look them up; noise that the host draws
+    is sent along. For pipelines with a UNet, which takes timesteps from anywhere.
+    """
+    own = scheduler.set_timesteps
+    if "device" in inspect.signature(own).parameters:
+        scheduler.set_timesteps = functools.wraps(own)(functools.partial(_set_on_host, own))
+    for kind in type(scheduler).__mro__:
+        names = vars(sys.modules[kind.__module__])
+        if "randn_tensor" in names:
+            names["randn_tensor"] = drawn
+    return scheduler
+
+
+def _set_on_host(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
+    """Pipelines name the device, whether they give the number of steps by name or not."""
+    named = inspect.signature(set_timesteps).bind(*args, **kwargs)
+    named.arguments["device"] = "cpu"
+    set_timesteps(*named.args, **named.kwargs)
+
+
+def drawn(
+    shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+) -> torch.Tensor:
+    """Diffusers' randn_tensor, but for its waiting until the device has taken the host's noise."""
+    there = torch.device(device or "cpu")
+    on_host = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    noise: torch.Tensor = randn_tensor(shape, generator, None if on_host else there, dtype, layout)
+    return sent(noise, there)

@@ -1,5 +1,5 @@
-"""Finished pictures on their way from the device: copied and turned into Pillow pictures
-by the thread that encodes them, while the engine's thread goes on with other steps."""
+"""Copies to and from the device that the engine's thread does not wait for. Finished pictures
+are copied and turned into Pillow pictures by the thread that encodes them."""
 
 from functools import partial
 from typing import Any
@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. From the host's memory, a GPU takes it when its turn comes."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 class OnDevice:

@@ -25,6 +25,8 @@ from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.pace import pace_of
+from gpu_worker.schedulers import without_waits
 from scripts import true_architectures
 from scripts.true_architectures import BETAS
 
@@ -112,13 +114,24 @@ class Job:
     height: int
     width: int
     scheduler: tuple[str, dict[str, Any]]
+    is_stock: bool = True
+
+    def served(self) -> torch.Tensor:
+        """As the worker runs it."""
+        return replace(self, is_stock=False).run()
+
+    def pipeline(self) -> Any:
+        """A pipeline and a scheduler of its own, over the checkpoint's modules."""
+        own = self.checkpoint.pipe.components
+        parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
+        made = pipeline(self.checkpoint.name, parts, self.scheduler)
+        if not self.is_stock:
+            without_waits(made.scheduler)
+        return made
 
     def run(self) -> torch.Tensor:
-        checkpoint = self.checkpoint
-        own = checkpoint.pipe.components
-        parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        output: torch.Tensor = pipeline(checkpoint.name, parts, self.scheduler)(
+        output: torch.Tensor = self.pipeline()(
             **self.embeddings(generator),
             num_inference_steps=self.steps,
             height=self.height,
@@ -170,7 +183,7 @@ def batched(jobs: Sequence[Job], callers: int) -> list[torch.Tensor]:
     """`callers` jobs at a time; the next begins when one ends."""
     device = jobs[0].checkpoint.device
     memory = CudaMemory(device) if device.type == "cuda" else None
-    engine = Engine(Forwards(Limits(memory=memory)), max_running=callers)
+    engine = Engine(Forwards(Limits(memory=memory), pace=pace_of(device)), max_running=callers)
     parts = [part for job in jobs for part in interposable(job.checkpoint.pipe.components.values())]
     for module, method in parts:
         engine.adopt(module, method)
@@ -181,7 +194,7 @@ def batched(jobs: Sequence[Job], callers: int) -> list[torch.Tensor]:
 
     for index, job in enumerate(jobs):
         keep = lambda result, index=index: results.__setitem__(index, result)  # noqa: E731
-        engine.submit(Task(index, job.run, finished=keep, failed=fail))
+        engine.submit(Task(index, job.served, finished=keep, failed=fail))
     engine.run_until_idle()
     engine.close()
     for module, _ in parts:

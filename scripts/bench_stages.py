@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import LAYOUTS, Target, interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.pace import pace_of
 from gpu_worker.slots import lay_out
 from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
 
@@ -73,7 +75,9 @@ class Server:
         cuda = checkpoint.device.type == "cuda"
         memory = CudaMemory(checkpoint.device) if cuda else None
         limits = Limits(memory=memory, buckets=compiler.buckets)
-        self._engine = Engine(Forwards(limits, execute=compiler.run), max_running=64)
+        self._engine = Engine(
+            Forwards(limits, compiler.run, pace=pace_of(checkpoint.device)), max_running=64
+        )
         everything = [*checkpoint.pipe.components.values(), *parts]
         self._parts = list(interposable(everything))
         self._lay_out(compiler.memory_format)
@@ -92,7 +96,7 @@ class Server:
         def begin() -> None:
             if waiting:
                 index, job = waiting.pop()
-                task = Task(index, job.run, finished=lambda result: end(index, result), failed=fail)
+                task = Task(index, job.served, finished=partial(end, index), failed=fail)
                 task.deterministic = index in deterministic
                 tasks.append(task)
                 self._engine.submit(task)

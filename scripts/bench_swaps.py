@@ -23,7 +23,7 @@ from gpu_worker.interposer import LAYOUTS, Target
 from gpu_worker.library import Library
 from gpu_worker.lora_files import Factors, Lora
 from ipc.messages import Model
-from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, jobs_of, pipeline
+from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, jobs_of
 from scripts.bench_stages import SIZES, Results, synchronize, true_vae
 
 SWAPS = 200
@@ -326,11 +326,9 @@ class UnguidedJob(Job):
     """As of a distilled checkpoint: one row a step."""
 
     def run(self) -> torch.Tensor:
-        own = self.checkpoint.pipe.components
-        parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
         generator = torch.Generator("cpu").manual_seed(self.seed)
         given = self.embeddings(generator)
-        output: torch.Tensor = pipeline(self.checkpoint.name, parts, self.scheduler)(
+        output: torch.Tensor = self.pipeline()(
             prompt_embeds=given["prompt_embeds"],
             pooled_prompt_embeds=given["pooled_prompt_embeds"],
             num_inference_steps=self.steps,
@@ -349,13 +347,10 @@ class ControlledJob(Job):
     hint: Any = None
 
     def run(self) -> torch.Tensor:
-        own = self.checkpoint.pipe.components
-        parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
-        scheduler = pipeline(self.checkpoint.name, parts, self.scheduler).scheduler
+        parts = self.pipeline().components | {"image_encoder": None}
         pipe = diffusers.StableDiffusionControlNetPipeline(
-            **parts, scheduler=scheduler, controlnet=self.net, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            **parts, controlnet=self.net, requires_safety_checker=False
+        )
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         output: torch.Tensor = pipe(

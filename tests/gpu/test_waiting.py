@@ -1,0 +1,91 @@
+"""On a GPU: the engine's thread waits for the device where it should, and nowhere else."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from gpu_worker.batching import Layout
+from gpu_worker.engine import Engine, Task
+from gpu_worker.forwards import Forwards
+from gpu_worker.pace import pace_of
+from gpu_worker.schedulers import without_waits
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+DEVICE = "cuda:0"
+CYCLES = 100_000_000
+STEPS = 6
+SCHEDULERS = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+]
+
+
+class Slow(torch.nn.Module):
+    """Keeps the device busy, not the thread."""
+
+    def forward(self, sample: torch.Tensor, timestep: int) -> tuple[torch.Tensor]:
+        torch.cuda._sleep(CYCLES)
+        return (sample + 1,)
+
+
+def seconds_of_one() -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    torch.cuda._sleep(CYCLES)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def test_a_lone_job_orders_one_step_ahead_and_no_more() -> None:
+    module, sample, begun = Slow(), torch.zeros(1, 4, device=DEVICE), list[float]()
+    each = min(seconds_of_one() for _ in range(3))
+
+    def body() -> None:
+        for step in range(STEPS):
+            begun.append(time.perf_counter())
+            module(sample, step)
+
+    engine = Engine(Forwards(pace=pace_of(torch.device(DEVICE))))
+    engine.adopt(module, "forward", Layout("sample", scalars=frozenset({"timestep"})))
+    engine.submit(Task("job", body))
+    engine.run_until_idle()
+    assert begun[-1] - begun[0] > 0.9 * (STEPS - 2) * each
+
+
+@pytest.fixture
+def _waiting_is_an_error() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("_waiting_is_an_error")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_does_not_wait_for_the_device(name: str) -> None:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler: Any = without_waits(getattr(diffusers, name)(**settings))
+    scheduler.set_timesteps(STEPS, device=DEVICE)
+    latents = torch.randn(1, 4, 8, 8, device=DEVICE, dtype=torch.float16)
+    generator = torch.Generator("cpu").manual_seed(0)
+    taken = {"generator": generator} if "Ancestral" in name or "DDPM" in name else {}
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            torch.cuda.set_sync_debug_mode("error")
+            noise = scheduler.scale_model_input(latents, timestep) * 0.1
+            latents = scheduler.step(noise, timestep, latents, **taken).prev_sample
+            torch.cuda.set_sync_debug_mode("default")
+    assert latents.isfinite().all()
