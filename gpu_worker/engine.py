@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -65,8 +66,9 @@ class Task:
 class Body(greenlet):
     """A task that has begun. While it waits it holds either a call or a future."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, around: AbstractContextManager[Any]) -> None:
         self._engine = getcurrent()
+        self._around = around
         super().__init__(parent=self._engine)
         self.task = task
         self.call: Call | None = None
@@ -87,6 +89,11 @@ class Body(greenlet):
         except Exception as error:
             self.failure = error
             return None
+
+    def go_on(self, *value: Any) -> Any:
+        """Called by the engine: runs until the body parks or ends."""
+        with self._around:
+            return self.switch(*value)
 
     def park(self) -> Any:
         """Gives the thread back to the engine until the body's wish is fulfilled."""
@@ -112,17 +119,19 @@ class Body(greenlet):
 
 class Engine:
     """All methods are called on one thread. `wake` is called on any thread when there
-    is something to do again after a round that did nothing."""
+    is something to do again after a round that did nothing; bodies run within `around`."""
 
     def __init__(
         self,
         forwards: Forwards | None = None,
         max_running: int = MAX_RUNNING,
         wake: Callable[[], None] = _nothing,
+        around: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._forwards = forwards or Forwards()
         self._max_running = max_running
         self._wake = wake
+        self._around = around or nullcontext()
         self._orders = itertools.count()
         self._waiting: list[Task] = []
         self._bodies: list[Body] = []
@@ -222,9 +231,9 @@ class Engine:
             self._waiting.remove(task)
             for other in self._waiting:
                 other.passed_over += other.order < task.order
-            body = Body(task)
+            body = Body(task, self._around)
             self._bodies.append(body)
-            self._settle(body, body.switch())
+            self._settle(body, body.go_on())
             begun = True
         return begun
 
@@ -236,7 +245,7 @@ class Engine:
         """Resumes the bodies whose future is done."""
         ready = [b for b in self._bodies if b.future is not None and b.future.done()]
         for body in ready:
-            self._settle(body, body.switch())
+            self._settle(body, body.go_on())
         return bool(ready)
 
     def _step(self) -> bool:
@@ -273,7 +282,7 @@ class Engine:
         if outcome.error is not None:
             self._settle(body, body.throw(outcome.error))
         else:
-            self._settle(body, body.switch(outcome.value))
+            self._settle(body, body.go_on(outcome.value))
 
     def _settle(self, body: Body, result: Any) -> None:
         """After a body gave the thread back: does nothing if it is parked, else ends its task."""

@@ -186,7 +186,7 @@ def fresh_schedulers(
     except schedulers.SchedulerError as error:
         raise Refusal(error.code, str(error), error.field) from error
     if "scheduler" in fresh and isinstance(parts.get("unet"), diffusers.UNet2DConditionModel):
-        schedulers.without_waits(fresh["scheduler"])
+        schedulers.timed_on_host(fresh["scheduler"])
     return fresh
 
 

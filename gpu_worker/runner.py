@@ -35,7 +35,7 @@ from gpu_worker.models import Models
 from gpu_worker.pace import pace_of
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
-from gpu_worker.transfer import OnDevice
+from gpu_worker.transfer import OnDevice, unwaited
 from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
@@ -60,7 +60,11 @@ class BatchingRunner:
         limits = Limits(buckets=self._compiler.buckets, memory=memory)
         pace = pace_of(torch.device(start.device))
         forwards = Forwards(limits, self._compiler.run, self._evict, pace)
-        self._engine = Engine(forwards, wake=partial(self._inbox.put, _nothing))
+        self._engine = Engine(
+            forwards,
+            wake=partial(self._inbox.put, _nothing),
+            around=unwaited(torch.device(start.device)),
+        )
         self._aftermath = Aftermath(start, self._engine, self._loader, self._compiler, send)
         device.quiet_libraries()
         # What was imported never becomes garbage: no collection has to look at it again.

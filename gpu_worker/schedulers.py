@@ -7,14 +7,10 @@ and timestep spacing stay as it says unless the request's settings say otherwise
 
 import functools
 import inspect
-import sys
 from typing import Any
 
 import diffusers
-import torch
-from diffusers.utils.torch_utils import randn_tensor
 
-from gpu_worker.transfer import sent
 from ipc.messages import Scheduler
 
 
@@ -73,19 +69,15 @@ def compatible_classes(own: Any) -> set[type[Any]]:
 DISTILLED = (diffusers.LCMScheduler, diffusers.TCDScheduler)
 
 
-def without_waits(scheduler: Any) -> Any:
-    """The scheduler, so changed that its steps do not wait for a GPU; its numbers stay the same.
+def timed_on_host(scheduler: Any) -> Any:
+    """The scheduler, so changed that its timesteps stay on the host, where DDIM and others look
+    them up: read back from a GPU, each would wait for all of its work.
 
-    Timesteps stay on the host, where DDIM and others look them up; noise that the host draws
-    is sent along. For pipelines with a UNet, which takes timesteps from anywhere.
+    For pipelines with a UNet, which takes timesteps from anywhere.
     """
     own = scheduler.set_timesteps
     if "device" in inspect.signature(own).parameters:
         scheduler.set_timesteps = functools.wraps(own)(functools.partial(_set_on_host, own))
-    for kind in type(scheduler).__mro__:
-        names = vars(sys.modules[kind.__module__])
-        if "randn_tensor" in names:
-            names["randn_tensor"] = drawn
     return scheduler
 
 
@@ -94,13 +86,3 @@ def _set_on_host(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
     named = inspect.signature(set_timesteps).bind(*args, **kwargs)
     named.arguments["device"] = "cpu"
     set_timesteps(*named.args, **named.kwargs)
-
-
-def drawn(
-    shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
-) -> torch.Tensor:
-    """Diffusers' randn_tensor, but for its waiting until the device has taken the host's noise."""
-    there = torch.device(device or "cpu")
-    on_host = isinstance(generator, torch.Generator) and generator.device.type == "cpu"
-    noise: torch.Tensor = randn_tensor(shape, generator, None if on_host else there, dtype, layout)
-    return sent(noise, there)

@@ -1,12 +1,15 @@
 """Copies to and from the device that the engine's thread does not wait for. Finished pictures
 are copied and turned into Pillow pictures by the thread that encodes them."""
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -14,6 +17,34 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class Unwaited(TorchFunctionMode):
+    """Within it, what goes to a GPU is sent; else a copy of ordinary memory waits for all work.
+
+    Pipelines copy prompts, noise and pictures when they begin, ancestral schedulers noise at
+    each step: the device would run dry while the engine's thread waits and then catches up.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.Tensor.to and args[0].device.type == "cpu" and "copy" not in given:
+            device, dtype, _, layout = torch._C._nn._parse_to(*args[1:], **given)
+            if device is not None and device.type == "cuda" and layout is None:
+                # Stock copies change the type on the host as well.
+                return sent(args[0] if dtype is None else args[0].to(dtype), device)
+        elif func is torch.tensor and given.get("device") is not None:
+            wanted = torch.device(given["device"])
+            if wanted.type == "cuda" and not isinstance(args[0], torch.Tensor):
+                return sent(torch.tensor(*args, **given | {"device": "cpu"}), wanted)
+        return func(*args, **given)
+
+
+def unwaited(device: torch.device) -> AbstractContextManager[Any]:
+    """May be entered again and again, on one thread at a time."""
+    return Unwaited() if device.type == "cuda" else nullcontext()
 
 
 class OnDevice:

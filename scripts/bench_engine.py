@@ -26,7 +26,8 @@ from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
 from gpu_worker.pace import pace_of
-from gpu_worker.schedulers import without_waits
+from gpu_worker.schedulers import timed_on_host
+from gpu_worker.transfer import unwaited
 from scripts import true_architectures
 from scripts.true_architectures import BETAS
 
@@ -126,7 +127,7 @@ class Job:
         parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
         made = pipeline(self.checkpoint.name, parts, self.scheduler)
         if not self.is_stock:
-            without_waits(made.scheduler)
+            timed_on_host(made.scheduler)
         return made
 
     def run(self) -> torch.Tensor:
@@ -183,7 +184,8 @@ def batched(jobs: Sequence[Job], callers: int) -> list[torch.Tensor]:
     """`callers` jobs at a time; the next begins when one ends."""
     device = jobs[0].checkpoint.device
     memory = CudaMemory(device) if device.type == "cuda" else None
-    engine = Engine(Forwards(Limits(memory=memory), pace=pace_of(device)), max_running=callers)
+    forwards = Forwards(Limits(memory=memory), pace=pace_of(device))
+    engine = Engine(forwards, callers, around=unwaited(device))
     parts = [part for job in jobs for part in interposable(job.checkpoint.pipe.components.values())]
     for module, method in parts:
         engine.adopt(module, method)

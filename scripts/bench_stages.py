@@ -29,6 +29,7 @@ from gpu_worker.interposer import LAYOUTS, Target, interposable, restore
 from gpu_worker.limits import CudaMemory, Limits
 from gpu_worker.pace import pace_of
 from gpu_worker.slots import lay_out
+from gpu_worker.transfer import unwaited
 from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
 
 STARTED = time.monotonic()
@@ -72,12 +73,12 @@ class Server:
         self, checkpoint: Checkpoint, compiler: Compiler, parts: Sequence[Any] = ()
     ) -> None:
         self.compiler = compiler
-        cuda = checkpoint.device.type == "cuda"
-        memory = CudaMemory(checkpoint.device) if cuda else None
+        is_cuda = checkpoint.device.type == "cuda"
+        memory = CudaMemory(checkpoint.device) if is_cuda else None
         limits = Limits(memory=memory, buckets=compiler.buckets)
-        self._engine = Engine(
-            Forwards(limits, compiler.run, pace=pace_of(checkpoint.device)), max_running=64
-        )
+        device = checkpoint.device
+        forwards = Forwards(limits, compiler.run, pace=pace_of(device))
+        self._engine = Engine(forwards, max_running=64, around=unwaited(device))
         everything = [*checkpoint.pipe.components.values(), *parts]
         self._parts = list(interposable(everything))
         self._lay_out(compiler.memory_format)
@@ -435,6 +436,7 @@ def stable_fast(results: Results, device: torch.device, work: Path) -> None:
 def main() -> None:
     stage, device_name, work, path = sys.argv[1:]
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("gpu_worker.compilers").setLevel(logging.INFO)
     torch.set_grad_enabled(False)
     device, results, folder = device_of(device_name), Results(Path(path)), Path(work)
     quiet_libraries()
@@ -454,7 +456,7 @@ def main() -> None:
         case "swap":
             from scripts.bench_swaps import swaps
 
-            for name in ("sd15", "sdxl"):
+            for name in ("sdxl", "sd15"):
                 swaps(results, prefix + name, device, folder)
         case "more":
             more(results, device, folder)

@@ -12,7 +12,8 @@ from gpu_worker.batching import Layout
 from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.pace import pace_of
-from gpu_worker.schedulers import without_waits
+from gpu_worker.schedulers import timed_on_host
+from gpu_worker.transfer import unwaited
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,15 +78,30 @@ def _waiting_is_an_error() -> Iterator[None]:
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler: Any = without_waits(getattr(diffusers, name)(**settings))
+    scheduler: Any = timed_on_host(getattr(diffusers, name)(**settings))
     scheduler.set_timesteps(STEPS, device=DEVICE)
     latents = torch.randn(1, 4, 8, 8, device=DEVICE, dtype=torch.float16)
     generator = torch.Generator("cpu").manual_seed(0)
     taken = {"generator": generator} if "Ancestral" in name or "DDPM" in name else {}
-    with torch.no_grad():
+    with torch.no_grad(), unwaited(torch.device(DEVICE)):
         for timestep in scheduler.timesteps:
             torch.cuda.set_sync_debug_mode("error")
             noise = scheduler.scale_model_input(latents, timestep) * 0.1
             latents = scheduler.step(noise, timestep, latents, **taken).prev_sample
             torch.cuda.set_sync_debug_mode("default")
     assert latents.isfinite().all()
+
+
+@pytest.mark.usefixtures("_waiting_is_an_error")
+def test_a_copy_from_the_host_is_not_waited_for() -> None:
+    numbers, device = torch.randn(3, 5), torch.device(DEVICE)
+    expected = numbers.to(device), numbers.to(device, torch.float16)
+    with unwaited(device):
+        torch.cuda.set_sync_debug_mode("error")
+        whole, half = numbers.to(DEVICE), numbers.to(dtype=torch.float16, device=device)
+        made = torch.tensor([1.5, 2.0], device=DEVICE)
+        torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(numbers.to(torch.float64).float(), numbers)
+    assert torch.equal(whole, expected[0])
+    assert torch.equal(half, expected[1])
+    assert made.tolist() == [1.5, 2.0]

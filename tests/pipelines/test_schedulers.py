@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from gpu_worker.schedulers import SchedulerError, build, without_waits
+from gpu_worker.schedulers import SchedulerError, build, timed_on_host
 from ipc.messages import Scheduler
 from supervisor.schedulers import A1111, CLASSES
 from tests.tools import stock
@@ -158,16 +158,10 @@ def test_a_setting_that_the_class_lacks_is_refused(own):
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
 def test_timesteps_stay_on_the_host_and_are_the_same(own, name):
     wanted = Scheduler(class_name=name)
-    expected, scheduler = build(own, wanted, 0), without_waits(build(own, wanted, 0))
+    expected, scheduler = build(own, wanted, 0), timed_on_host(build(own, wanted, 0))
     expected.set_timesteps(STEPS)
     for given in ((STEPS, "meta"), (STEPS,)):
         scheduler.set_timesteps(*given, **({} if len(given) == 2 else {"device": "meta"}))
         assert torch.equal(scheduler.timesteps, expected.timesteps)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     assert accepted == inspect.signature(expected.set_timesteps).parameters
-
-
-def test_noise_drawn_on_the_host_is_diffusers_own(pipe, own):
-    wanted = Scheduler(class_name="EulerAncestralDiscreteScheduler")
-    expected = latents(pipe, build(own, wanted, 0))
-    assert torch.equal(latents(pipe, without_waits(build(own, wanted, 0))), expected)
