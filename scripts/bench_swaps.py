@@ -265,7 +265,8 @@ def random_lora(unet: Any, seed: int) -> Lora:
             down = torch.randn(RANK, layer.in_features, generator=generator) * 0.01
             up = torch.randn(layer.out_features, RANK, generator=generator) * 0.01
             layers[path] = Factors(down.half(), up.half(), 1.0)
-    return Lora(f"random-{seed}", f"random-{seed}", {"unet": layers})
+    lora = Lora(f"random-{seed}", f"random-{seed}", {"unet": layers})
+    return lora.pinned() if torch.cuda.is_available() else lora
 
 
 def flat(
