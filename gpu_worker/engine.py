@@ -256,8 +256,8 @@ class Engine:
             body.passed_over += body not in chosen
         calls = [body.call for body in chosen if body.call is not None]
         outcomes = self._forwards.run(calls) if calls else []
-        # Some schedulers wait for the device (ancestral ones move their noise there, DDIM reads a
-        # timestep back). They go on last: the others' work is done while the forward still runs.
+        # Some bodies wait for the device (UniPC's step solves equations there and looks whether
+        # it could). They go on last: the others' work is done while the forward still runs.
         pairs = sorted(zip(chosen, outcomes, strict=True), key=lambda pair: pair[0].stall_seconds)
         for body, outcome in pairs:
             self._count(body, len(calls))

@@ -74,17 +74,18 @@ class Lora:
 
     @property
     def bytes(self) -> int:
-        return sum(each.bytes for layers in self.parts.values() for each in layers.values())
+        return sum(each.bytes for each in self._factors)
 
-    def pinned(self) -> "Lora":
-        """The same factors in one piece of memory that a GPU reads without anybody's waiting."""
-        room = torch.empty(self.bytes + ALIGNED * 2 * self._count, dtype=torch.uint8).pin_memory()
-        begin = 0
+    def in_one_piece(self, pinned: bool) -> "Lora":
+        """The same factors side by side in one piece of memory; pinned, a GPU reads it at the
+        bus's speed while nobody waits."""
+        size = sum(_padded(each.down) + _padded(each.up) for each in self._factors)
+        room, begin = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), 0
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal begin
             place = room[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            begin += -(-tensor.nbytes // ALIGNED) * ALIGNED
+            begin += _padded(tensor)
             return place.copy_(tensor)
 
         return replace(self, parts={
@@ -94,8 +95,13 @@ class Lora:
         })  # fmt: skip
 
     @property
-    def _count(self) -> int:
-        return sum(len(layers) for layers in self.parts.values())
+    def _factors(self) -> list[Factors]:
+        return [each for layers in self.parts.values() for each in layers.values()]
+
+
+def _padded(tensor: torch.Tensor) -> int:
+    """Bytes up to where a tensor of any type may begin."""
+    return -(-tensor.nbytes // ALIGNED) * ALIGNED
 
 
 @dataclass
@@ -135,7 +141,7 @@ def load(model: Model, unet: Any) -> Lora:
     try:
         tensors, metadata = _read(model.path)
         lora = Lora(model.name, identity, _parts(tensors, metadata, unet))
-        return lora.pinned() if torch.cuda.is_available() else lora
+        return lora.in_one_piece(pinned=True) if torch.cuda.is_available() else lora
     except (SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         # Diffusers' converters fail in these ways where names are not what they expect.
         reason = str(error) if isinstance(error, Unreadable) else "its layout is not a known one"

@@ -266,7 +266,7 @@ def random_lora(unet: Any, seed: int) -> Lora:
             up = torch.randn(layer.out_features, RANK, generator=generator) * 0.01
             layers[path] = Factors(down.half(), up.half(), 1.0)
     lora = Lora(f"random-{seed}", f"random-{seed}", {"unet": layers})
-    return lora.pinned() if torch.cuda.is_available() else lora
+    return lora.in_one_piece(pinned=True) if torch.cuda.is_available() else lora
 
 
 def flat(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.adapters import AdapterState, IncompatibleLora, adapter_key
 from gpu_worker.failures import Refusal
-from gpu_worker.lora_files import LoraFiles, load
+from gpu_worker.lora_files import Factors, Lora, LoraFiles, load
 from ipc.messages import Model
 from tests.tools import stock, tiny_lora
 
@@ -405,6 +405,30 @@ def test_files_are_read_once_until_they_change(pipes, files, tmp_path):
     second = held.get(model(path), unet)
     assert second is not first
     assert second.identity != first.identity
+
+
+def test_factors_moved_into_one_piece_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    drawn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    odd = Factors(drawn(3, 5).half(), drawn(7, 3).half(), 0.5)
+    even = Factors(drawn(1, 3, 3, 3), drawn(2, 1, 1, 1), 2.0)
+    parts = {"unet": {"odd": odd, "even": even}, "text_encoder": {"odd": odd}}
+    moved = Lora("name", "identity", parts).in_one_piece(pinned=False)
+    assert (moved.name, moved.identity) == ("name", "identity")
+    assert {name: list(layers) for name, layers in moved.parts.items()} == {
+        "unet": ["odd", "even"],
+        "text_encoder": ["odd"],
+    }
+    storages = set()
+    for module, layers in parts.items():
+        for layer, factors in layers.items():
+            other = moved.parts[module][layer]
+            assert torch.equal(other.down, factors.down)
+            assert torch.equal(other.up, factors.up)
+            assert other.scale == factors.scale
+            assert other.down.data_ptr() % other.down.element_size() == 0
+            storages |= {each.untyped_storage().data_ptr() for each in (other.down, other.up)}
+    assert len(storages) == 1
 
 
 def test_a_file_tried_on_another_family_first_is_read_anew(pipes, files):

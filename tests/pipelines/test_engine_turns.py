@@ -49,6 +49,36 @@ def test_a_job_that_keeps_the_thread_waiting_goes_on_last(
     assert denoiser.rows == [2, 2, 2]
 
 
+def test_bodies_alone_run_within_what_is_given_and_each_forward_is_paced(
+    denoiser: Denoiser,
+) -> None:
+    inside, happened = [False], list[tuple[str, bool]]()
+
+    class Around:
+        def __enter__(self) -> None:
+            inside[0] = True
+
+        def __exit__(self, *_: object) -> None:
+            inside[0] = False
+
+    def body() -> None:
+        for _ in range(2):
+            happened.append(("body", inside[0]))
+            denoiser(torch.zeros(1, 2), 0)
+        happened.append(("body", inside[0]))
+
+    def execute(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        happened.append(("forward", inside[0]))
+        return target.run(*args, **kwargs)
+
+    forwards = Forwards(execute=execute, pace=lambda: happened.append(("pace", inside[0])))
+    engine = engine_of(denoiser, forwards=forwards, around=Around())
+    engine.submit(Task(1, body))
+    engine.run_until_idle()
+    step = [("body", True), ("forward", False), ("pace", False)]
+    assert happened == [*step, *step, ("body", True)]
+
+
 def test_a_task_knows_how_many_pictures_shared_its_forwards(denoiser: Denoiser) -> None:
     engine = engine_of(denoiser)
     tasks = [step_task(denoiser, 1, 4), step_task(denoiser, 2, 2)]
