@@ -348,13 +348,12 @@ def decoder(results: Results, name: str, device: torch.device, work: Path) -> No
 
 
 def compile_only(results: Results, name: str, device: torch.device, work: Path) -> None:
-    """With an empty cache, while one caller is served by graphs."""
+    """With an empty cache and no callers: kernels are chosen by their time on the device."""
     checkpoint = Checkpoint.random(name, device, 0)
     server = Server(checkpoint, compiled_by(device, work))
     jobs = lone_jobs(checkpoint, SIZES[name], LONG, 1)
     stock([replace(jobs[0], steps=3)])
-    compile_first(results, server, jobs, f"{name} cold (all at once)", "sd15" in name)
-    decoder(results, name, device, work)
+    compile_first(results, server, jobs, f"{name} cold (all at once)", serves=False)
 
 
 def more(results: Results, device: torch.device, work: Path) -> None:
