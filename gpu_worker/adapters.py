@@ -6,7 +6,6 @@ time: nothing adds up over many changes. Whoever calls sees to it that no job of
 set of LoRAs is in the middle of a step.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -91,8 +90,10 @@ class AdapterState:
 
     @torch.no_grad()
     def _write(self, wanted: Mapping[Place, list[tuple[Factors, float]]]) -> None:
+        devices = set[torch.device]()
         for place in [*self._originals, *(new for new in wanted if new not in self._originals)]:
             weight = _layer(self.modules[place[0]], place[1]).weight
+            devices.add(weight.device)
             original = self._original(place, weight)
             if place in wanted:
                 weight.copy_(_sum(original, wanted[place], weight.device))
@@ -100,8 +101,9 @@ class AdapterState:
                 weight.copy_(original, non_blocking=True)
                 del self._originals[place]
         # Nothing waited for the device in between; its reading of the host's memory ends here.
-        for device in {each.device for module in self.modules.values() for each in _first(module)}:
-            torch.cuda.current_stream(device).synchronize()
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
     def _original(self, place: Place, weight: torch.Tensor) -> torch.Tensor:
         if place not in self._originals:
@@ -140,11 +142,6 @@ def _sum(
     for factors, scale in wanted:
         factors.add_to(total, scale)
     return total
-
-
-def _first(module: nn.Module) -> list[torch.Tensor]:
-    """A parameter that tells the module's GPU; none on a CPU."""
-    return [each for each in itertools.islice(module.parameters(), 1) if each.is_cuda]
 
 
 def _found(module: nn.Module, layer: str) -> str:

@@ -114,6 +114,18 @@ def merge(
     return merged
 
 
+def with_scalars_sent(arguments: Arguments, layout: Layout) -> Arguments:
+    """The same arguments, tensors among the scalars on the device of the rows: a UNet would wait
+    for all of a GPU's work before it took its timestep from the host."""
+    device = arguments[layout.rows].device
+    return {
+        name: sent(value, device)
+        if name in layout.scalars and isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
 def _vector(scalar: Any, rows: int, device: torch.device) -> torch.Tensor:
     vector = sent(torch.as_tensor(scalar, dtype=torch.float32).reshape(-1), device)
     return vector.expand(rows) if vector.shape[0] == 1 else vector

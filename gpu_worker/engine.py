@@ -119,7 +119,8 @@ class Body(greenlet):
 
 class Engine:
     """All methods are called on one thread. `wake` is called on any thread when there
-    is something to do again after a round that did nothing; bodies run within `around`."""
+    is something to do again after a round that did nothing; bodies begin and go on within
+    `around`, those that are thrown into unwind without."""
 
     def __init__(
         self,

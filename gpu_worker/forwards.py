@@ -112,12 +112,11 @@ class Forwards:
         layout = first.target.layout
         if first.arguments is None or layout is None:
             return [self._executed(first, first.args, first.kwargs, 1)]
-        if first.plain:
-            return [self._executed(first, first.args, first.kwargs, first.rows)]
         size = batching.padded_size(sum(rows), self.limits.buckets)
-        if len(calls) == 1 and self.limits.buckets is None:
+        if first.plain or (len(calls) == 1 and self.limits.buckets is None):
             # Alone and as it came: bit for bit what the pipeline alone computes.
-            return [self._executed(first, first.args, first.kwargs, size)]
+            arguments = batching.with_scalars_sent(first.arguments, layout)
+            return [self._executed(first, (), arguments, first.rows)]
         padding = size - sum(rows)
         everyone = [call.arguments for call in calls if call.arguments is not None]
         merged = batching.merge(everyone, layout, rows, padding)

@@ -106,7 +106,8 @@ def _padded(tensor: torch.Tensor) -> int:
 
 @dataclass
 class LoraFiles:
-    """LoRAs that were read, the least recently used dropped above `max_bytes`."""
+    """LoRAs that were read, the least recently used dropped above `max_bytes`. Pinned ones take
+    up to twice that: torch rounds pieces up to a power of two and keeps them for the next."""
 
     max_bytes: int = GB
     _held: OrderedDict[str, Lora] = field(default_factory=OrderedDict)
@@ -141,12 +142,20 @@ def load(model: Model, unet: Any) -> Lora:
     try:
         tensors, metadata = _read(model.path)
         lora = Lora(model.name, identity, _parts(tensors, metadata, unet))
-        return lora.in_one_piece(pinned=True) if torch.cuda.is_available() else lora
+        return _pinned(lora) if torch.cuda.is_available() else lora
     except (SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         # Diffusers' converters fail in these ways where names are not what they expect.
         reason = str(error) if isinstance(error, Unreadable) else "its layout is not a known one"
         detail = f"cannot read the LoRA {model.name}: {reason}"
         raise Refusal("invalid_model", detail, "loras") from error
+
+
+def _pinned(lora: Lora) -> Lora:
+    """As it is where the host refuses: it works all the same, some milliseconds later."""
+    try:
+        return lora.in_one_piece(pinned=True)
+    except RuntimeError:
+        return lora
 
 
 def _named_as_first(unet: Any) -> int | None:

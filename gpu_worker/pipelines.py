@@ -185,7 +185,8 @@ def fresh_schedulers(
         }
     except schedulers.SchedulerError as error:
         raise Refusal(error.code, str(error), error.field) from error
-    if "scheduler" in fresh and isinstance(parts.get("unet"), diffusers.UNet2DConditionModel):
+    # Not its subclasses: DreamLite's are given timesteps as vectors, which nobody moves.
+    if "scheduler" in fresh and type(parts.get("unet")) is diffusers.UNet2DConditionModel:
         schedulers.timed_on_host(fresh["scheduler"])
     return fresh
 

@@ -5,8 +5,8 @@ side. The checkpoint's configuration is the base, so v-prediction, zero terminal
 and timestep spacing stay as it says unless the request's settings say otherwise.
 """
 
-import functools
 import inspect
+import weakref
 from typing import Any
 
 import diffusers
@@ -69,20 +69,31 @@ def compatible_classes(own: Any) -> set[type[Any]]:
 DISTILLED = (diffusers.LCMScheduler, diffusers.TCDScheduler)
 
 
+ON_DEVICE = (
+    diffusers.KDPM2DiscreteScheduler,
+    diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.LCMScheduler,
+)
+"""Their steps reckon with numbers that lie beside the timesteps, rounded as a GPU does it."""
+
+
 def timed_on_host(scheduler: Any) -> Any:
-    """The scheduler, so changed that its timesteps stay on the host, where DDIM and others look
-    them up: read back from a GPU, each would wait for all of its work.
+    """The scheduler, so changed that its timesteps stay on the host, where most look them up:
+    read back from a GPU, each would wait for all of its work.
 
-    For pipelines with a UNet, which takes timesteps from anywhere.
+    For pipelines with a UNet, which takes a timestep from anywhere. ON_DEVICE's stay as they are.
     """
-    own = scheduler.set_timesteps
-    if "device" in inspect.signature(own).parameters:
-        scheduler.set_timesteps = functools.wraps(own)(functools.partial(_set_on_host, own))
+    accepted = inspect.signature(scheduler.set_timesteps)
+    if isinstance(scheduler, ON_DEVICE) or "device" not in accepted.parameters:
+        return scheduler
+    own, itself = type(scheduler).set_timesteps, weakref.ref(scheduler)
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        given = accepted.bind(*args, **kwargs)
+        given.arguments["device"] = "cpu"
+        own(itself(), *given.args, **given.kwargs)
+
+    # Pipelines look whether timesteps and sigmas of one's own are taken.
+    set_timesteps.__signature__ = accepted  # type: ignore[attr-defined]
+    scheduler.set_timesteps = set_timesteps
     return scheduler
-
-
-def _set_on_host(set_timesteps: Any, *args: Any, **kwargs: Any) -> None:
-    """Pipelines name the device, whether they give the number of steps by name or not."""
-    named = inspect.signature(set_timesteps).bind(*args, **kwargs)
-    named.arguments["device"] = "cpu"
-    set_timesteps(*named.args, **named.kwargs)

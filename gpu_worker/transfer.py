@@ -14,15 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device. From the host's memory, a GPU takes it when its turn comes."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+    if tensor.device.type != "cpu" or device.type != "cuda":
+        return tensor.to(device)
+    # Pinned as they lie, but for expanded ones, whose entries share their memory.
+    expanded = any(tensor.stride(i) == 0 and tensor.size(i) > 1 for i in range(tensor.dim()))
+    return (tensor.contiguous() if expanded else tensor).pin_memory().to(device, non_blocking=True)
 
 
 class Unwaited(TorchFunctionMode):
-    """Within it, what goes to a GPU is sent; else a copy of ordinary memory waits for all work.
+    """Within it, `.to(a GPU)` and `torch.tensor(…, device=a GPU)` are not waited for; else a copy
+    of ordinary memory waits for all work.
 
-    Pipelines copy prompts, noise and pictures when they begin, ancestral schedulers noise at
+    Pipelines copy prompts, noise and pictures so when they begin, ancestral schedulers noise at
     each step: the device would run dry while the engine's thread waits and then catches up.
     """
 
@@ -30,16 +33,26 @@ class Unwaited(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if func is torch.Tensor.to and args[0].device.type == "cpu" and "copy" not in given:
-            device, dtype, _, layout = torch._C._nn._parse_to(*args[1:], **given)
-            if device is not None and device.type == "cuda" and layout is None:
+        if func is torch.Tensor.to and args[0].device.type == "cpu":
+            device, dtype = _wanted(args[1:], given)
+            if device.type == "cuda":
                 # Stock copies change the type on the host as well.
                 return sent(args[0] if dtype is None else args[0].to(dtype), device)
-        elif func is torch.tensor and given.get("device") is not None:
-            wanted = torch.device(given["device"])
-            if wanted.type == "cuda" and not isinstance(args[0], torch.Tensor):
-                return sent(torch.tensor(*args, **given | {"device": "cpu"}), wanted)
+        elif func is torch.tensor and torch.device(given.get("device") or "cpu").type == "cuda":
+            made = torch.tensor(*args, **given | {"device": "cpu"})
+            return sent(made, torch.device(given["device"]))
         return func(*args, **given)
+
+
+def _wanted(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[torch.device, torch.dtype | None]:
+    """Where `Tensor.to` is to put a tensor of the host, and in which type. The host itself stands
+    for all that is nothing to be sent."""
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except RuntimeError:
+        # It knows no `copy`.
+        return torch.device("cpu"), None
+    return device if device and not memory_format else torch.device("cpu"), dtype
 
 
 def unwaited(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """On a GPU: the engine's thread waits for the device where it should, and nowhere else."""
 
+import inspect
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,8 +30,6 @@ SCHEDULERS = [
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
     "PNDMScheduler",
     "TCDScheduler",
 ]
@@ -63,36 +62,48 @@ def test_a_lone_job_orders_one_step_ahead_and_no_more() -> None:
 
     engine = Engine(Forwards(pace=pace_of(torch.device(DEVICE))))
     engine.adopt(module, "forward", Layout("sample", scalars=frozenset({"timestep"})))
+    module(sample, 0)  # its kernels are loaded
+    torch.cuda.synchronize()
     engine.submit(Task("job", body))
     engine.run_until_idle()
+    assert begun[1] - begun[0] < 0.5 * each
     assert begun[-1] - begun[0] > 0.9 * (STEPS - 2) * each
 
 
 @pytest.fixture
-def _waiting_is_an_error() -> Iterator[None]:
+def _waiting_is_allowed_again() -> Iterator[None]:
     yield
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("_waiting_is_an_error")
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_step_does_not_wait_for_the_device(name: str) -> None:
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler: Any = timed_on_host(getattr(diffusers, name)(**settings))
+def stepped(scheduler: Any, takes_generator: bool, mode: str) -> torch.Tensor:
+    """Latents after some steps in float16; `mode` is what torch does where it waits."""
     scheduler.set_timesteps(STEPS, device=DEVICE)
-    latents = torch.randn(1, 4, 8, 8, device=DEVICE, dtype=torch.float16)
-    generator = torch.Generator("cpu").manual_seed(0)
-    taken = {"generator": generator} if "Ancestral" in name or "DDPM" in name else {}
-    with torch.no_grad(), unwaited(torch.device(DEVICE)):
-        for timestep in scheduler.timesteps:
-            torch.cuda.set_sync_debug_mode("error")
-            noise = scheduler.scale_model_input(latents, timestep) * 0.1
-            latents = scheduler.step(noise, timestep, latents, **taken).prev_sample
-            torch.cuda.set_sync_debug_mode("default")
-    assert latents.isfinite().all()
+    seed = torch.Generator("cpu").manual_seed(0)
+    latents = torch.randn(1, 4, 8, 8, generator=seed).to(DEVICE, torch.float16)
+    taken = {"generator": seed} if takes_generator else {}
+    for timestep in scheduler.timesteps:
+        torch.cuda.set_sync_debug_mode(mode)
+        noise = scheduler.scale_model_input(latents, timestep) * 0.1
+        latents = scheduler.step(noise, timestep, latents, **taken).prev_sample
+        torch.cuda.set_sync_debug_mode("default")
+    return latents
 
 
-@pytest.mark.usefixtures("_waiting_is_an_error")
+@pytest.mark.usefixtures("_waiting_is_allowed_again")
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_step_does_not_wait_for_the_device_and_is_stock_diffusers_own(name: str) -> None:
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    kind: Any = getattr(diffusers, name)
+    takes_generator = "generator" in inspect.signature(kind.step).parameters
+    with torch.no_grad():
+        expected = stepped(kind(**settings), takes_generator, "default")
+        with unwaited(torch.device(DEVICE)):
+            made = stepped(timed_on_host(kind(**settings)), takes_generator, "error")
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.usefixtures("_waiting_is_allowed_again")
 def test_a_copy_from_the_host_is_not_waited_for() -> None:
     numbers, device = torch.randn(3, 5), torch.device(DEVICE)
     expected = numbers.to(device), numbers.to(device, torch.float16)

@@ -1,7 +1,9 @@
 """Schedulers against stock Diffusers: same class, same settings, same picture."""
 
 import functools
+import gc
 import inspect
+import weakref
 
 import diffusers
 import pytest
@@ -165,3 +167,21 @@ def test_timesteps_stay_on_the_host_and_are_the_same(own, name):
         assert torch.equal(scheduler.timesteps, expected.timesteps)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     assert accepted == inspect.signature(expected.set_timesteps).parameters
+
+
+def test_a_scheduler_timed_on_the_host_is_no_cycle(own):
+    scheduler = timed_on_host(build(own, None, 0))
+    scheduler.set_timesteps(STEPS, device="meta")
+    gone = weakref.ref(scheduler)
+    gc.disable()
+    try:
+        del scheduler
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "KDPM2DiscreteScheduler"])
+def test_those_that_reckon_beside_their_timesteps_stay_where_they_are(own, name):
+    scheduler = build(own, Scheduler(class_name=name), 0)
+    assert "set_timesteps" not in vars(timed_on_host(scheduler))
