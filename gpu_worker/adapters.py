@@ -14,6 +14,7 @@ from torch import nn
 
 from gpu_worker.failures import Refusal
 from gpu_worker.lora_files import Factors, Lora
+from gpu_worker.transfer import settle
 
 Place = tuple[str, str]
 """A module of the pipeline and a layer in it: `("unet", "mid_block.attentions.0.proj_in")`."""
@@ -100,10 +101,7 @@ class AdapterState:
             else:
                 weight.copy_(original, non_blocking=True)
                 del self._originals[place]
-        # Nothing waited for the device in between; its reading of the host's memory ends here.
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+        settle(devices)
 
     def _original(self, place: Place, weight: torch.Tensor) -> torch.Tensor:
         if place not in self._originals:

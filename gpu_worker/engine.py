@@ -66,9 +66,8 @@ class Task:
 class Body(greenlet):
     """A task that has begun. While it waits it holds either a call or a future."""
 
-    def __init__(self, task: Task, around: AbstractContextManager[Any]) -> None:
+    def __init__(self, task: Task) -> None:
         self._engine = getcurrent()
-        self._around = around
         super().__init__(parent=self._engine)
         self.task = task
         self.call: Call | None = None
@@ -89,11 +88,6 @@ class Body(greenlet):
         except Exception as error:
             self.failure = error
             return None
-
-    def go_on(self, *value: Any) -> Any:
-        """Called by the engine: runs until the body parks or ends."""
-        with self._around:
-            return self.switch(*value)
 
     def park(self) -> Any:
         """Gives the thread back to the engine until the body's wish is fulfilled."""
@@ -232,9 +226,9 @@ class Engine:
             self._waiting.remove(task)
             for other in self._waiting:
                 other.passed_over += other.order < task.order
-            body = Body(task, self._around)
+            body = Body(task)
             self._bodies.append(body)
-            self._settle(body, body.go_on())
+            self._run(body)
             begun = True
         return begun
 
@@ -246,7 +240,7 @@ class Engine:
         """Resumes the bodies whose future is done."""
         ready = [b for b in self._bodies if b.future is not None and b.future.done()]
         for body in ready:
-            self._settle(body, body.go_on())
+            self._run(body)
         return bool(ready)
 
     def _step(self) -> bool:
@@ -283,7 +277,13 @@ class Engine:
         if outcome.error is not None:
             self._settle(body, body.throw(outcome.error))
         else:
-            self._settle(body, body.go_on(outcome.value))
+            self._run(body, outcome.value)
+
+    def _run(self, body: Body, *value: Any) -> None:
+        """Has a body begin, or go on with what it waited for, until it parks or ends."""
+        with self._around:
+            result = body.switch(*value)
+        self._settle(body, result)
 
     def _settle(self, body: Body, result: Any) -> None:
         """After a body gave the thread back: does nothing if it is parked, else ends its task."""

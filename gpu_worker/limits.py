@@ -57,6 +57,11 @@ class CudaMemory:
         return torch.cuda.max_memory_allocated(self._device) - self._before
 
 
+def memory_of(device: torch.device) -> Memory | None:
+    """A CPU's memory is not asked."""
+    return CudaMemory(device) if device.type == "cuda" else None
+
+
 class Limits:
     """Sizes of merged forwards. `buckets` are the row counts that a compiler wants to
     see; None pads nothing. Without `memory` only the caps hold."""

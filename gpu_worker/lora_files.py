@@ -141,8 +141,7 @@ def load(model: Model, unet: Any) -> Lora:
     identity = identified(model.path)
     try:
         tensors, metadata = _read(model.path)
-        lora = Lora(model.name, identity, _parts(tensors, metadata, unet))
-        return _pinned(lora) if torch.cuda.is_available() else lora
+        return pinned(Lora(model.name, identity, _parts(tensors, metadata, unet)))
     except (SafetensorError, ValueError, KeyError, IndexError, TypeError) as error:
         # Diffusers' converters fail in these ways where names are not what they expect.
         reason = str(error) if isinstance(error, Unreadable) else "its layout is not a known one"
@@ -150,10 +149,11 @@ def load(model: Model, unet: Any) -> Lora:
         raise Refusal("invalid_model", detail, "loras") from error
 
 
-def _pinned(lora: Lora) -> Lora:
-    """As it is where the host refuses: it works all the same, some milliseconds later."""
+def pinned(lora: Lora) -> Lora:
+    """In pinned memory where there is a GPU and the host does not refuse: it works all the same
+    without, some milliseconds later."""
     try:
-        return lora.in_one_piece(pinned=True)
+        return lora.in_one_piece(pinned=True) if torch.cuda.is_available() else lora
     except RuntimeError:
         return lora
 

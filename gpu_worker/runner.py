@@ -28,7 +28,7 @@ from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable
 from gpu_worker.job import Job
 from gpu_worker.library import Library
-from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.limits import Limits, memory_of
 from gpu_worker.loader import Held, Loader
 from gpu_worker.loop import EXIT_FATAL, Send, Work
 from gpu_worker.models import Models
@@ -56,15 +56,11 @@ class BatchingRunner:
         self._encoders = ThreadPoolExecutor(ENCODER_THREADS, "encode")
         self._compiler = compiler(start, self._stalls)
         self._loader = Loader(self._made_library)
-        memory = None if start.device == "cpu" else CudaMemory(torch.device(start.device))
-        limits = Limits(buckets=self._compiler.buckets, memory=memory)
-        pace = pace_of(torch.device(start.device))
-        forwards = Forwards(limits, self._compiler.run, self._evict, pace)
-        self._engine = Engine(
-            forwards,
-            wake=partial(self._inbox.put, _nothing),
-            around=unwaited(torch.device(start.device)),
-        )
+        place = torch.device(start.device)
+        limits = Limits(buckets=self._compiler.buckets, memory=memory_of(place))
+        forwards = Forwards(limits, self._compiler.run, self._evict, pace_of(place))
+        wake = partial(self._inbox.put, _nothing)
+        self._engine = Engine(forwards, wake=wake, around=unwaited(place))
         self._aftermath = Aftermath(start, self._engine, self._loader, self._compiler, send)
         device.quiet_libraries()
         # What was imported never becomes garbage: no collection has to look at it again.

@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, ControlNetModel, ModelMixin, UNet2DConditio
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from gpu_worker.transfer import settle
+
 Weights = Mapping[str, torch.Tensor]
 
 # Those whose skeleton, filled, was compared with what from_pretrained gives.
@@ -85,8 +87,7 @@ def exchange(module: nn.Module, weights: Weights) -> None:
     with torch.no_grad():
         for place, source in pairs:
             _copy(place, source)
-    for device in {place.device for place, _ in pairs if place.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+    settle(place.device for place, _ in pairs)
 
 
 def places(module: nn.Module, weights: Weights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,7 +1,7 @@
 """Copies to and from the device that the engine's thread does not wait for. Finished pictures
 are copied and turned into Pillow pictures by the thread that encodes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,6 +19,13 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     # Pinned as they lie, but for expanded ones, whose entries share their memory.
     expanded = any(tensor.stride(i) == 0 and tensor.size(i) > 1 for i in range(tensor.dim()))
     return (tensor.contiguous() if expanded else tensor).pin_memory().to(device, non_blocking=True)
+
+
+def settle(devices: Iterable[torch.device]) -> None:
+    """Returns once all that was sent to these devices is there: its source may go."""
+    for device in set(devices):
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 class Unwaited(TorchFunctionMode):

@@ -24,7 +24,7 @@ from gpu_worker.batching import Layout
 from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable, restore
-from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.limits import Limits, memory_of
 from gpu_worker.pace import pace_of
 from gpu_worker.schedulers import timed_on_host
 from gpu_worker.transfer import unwaited
@@ -183,8 +183,7 @@ def stock(jobs: Sequence[Job]) -> list[torch.Tensor]:
 def batched(jobs: Sequence[Job], callers: int) -> list[torch.Tensor]:
     """`callers` jobs at a time; the next begins when one ends."""
     device = jobs[0].checkpoint.device
-    memory = CudaMemory(device) if device.type == "cuda" else None
-    forwards = Forwards(Limits(memory=memory), pace=pace_of(device))
+    forwards = Forwards(Limits(memory=memory_of(device)), pace=pace_of(device))
     engine = Engine(forwards, callers, around=unwaited(device))
     parts = [part for job in jobs for part in interposable(job.checkpoint.pipe.components.values())]
     for module, method in parts:

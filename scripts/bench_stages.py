@@ -26,7 +26,7 @@ from gpu_worker.device import quiet_libraries
 from gpu_worker.engine import Engine, Task
 from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import LAYOUTS, Target, interposable, restore
-from gpu_worker.limits import CudaMemory, Limits
+from gpu_worker.limits import Limits, memory_of
 from gpu_worker.pace import pace_of
 from gpu_worker.slots import lay_out
 from gpu_worker.transfer import unwaited
@@ -73,10 +73,8 @@ class Server:
         self, checkpoint: Checkpoint, compiler: Compiler, parts: Sequence[Any] = ()
     ) -> None:
         self.compiler = compiler
-        is_cuda = checkpoint.device.type == "cuda"
-        memory = CudaMemory(checkpoint.device) if is_cuda else None
-        limits = Limits(memory=memory, buckets=compiler.buckets)
         device = checkpoint.device
+        limits = Limits(memory=memory_of(device), buckets=compiler.buckets)
         forwards = Forwards(limits, compiler.run, pace=pace_of(device))
         self._engine = Engine(forwards, max_running=64, around=unwaited(device))
         everything = [*checkpoint.pipe.components.values(), *parts]

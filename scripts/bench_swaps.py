@@ -21,7 +21,7 @@ from gpu_worker.compilers.none import Uncompiled
 from gpu_worker.holdings import Holding
 from gpu_worker.interposer import LAYOUTS, Target
 from gpu_worker.library import Library
-from gpu_worker.lora_files import Factors, Lora
+from gpu_worker.lora_files import Factors, Lora, pinned
 from ipc.messages import Model
 from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, jobs_of
 from scripts.bench_stages import SIZES, Results, synchronize, true_vae
@@ -265,8 +265,7 @@ def random_lora(unet: Any, seed: int) -> Lora:
             down = torch.randn(RANK, layer.in_features, generator=generator) * 0.01
             up = torch.randn(layer.out_features, RANK, generator=generator) * 0.01
             layers[path] = Factors(down.half(), up.half(), 1.0)
-    lora = Lora(f"random-{seed}", f"random-{seed}", {"unet": layers})
-    return lora.in_one_piece(pinned=True) if torch.cuda.is_available() else lora
+    return pinned(Lora(f"random-{seed}", f"random-{seed}", {"unet": layers}))
 
 
 def flat(

@@ -1,6 +1,7 @@
 """LoRAs merged in place, against stock Diffusers, and taken out again to the last bit."""
 
 import copy
+import functools
 import gc
 import json
 import re
@@ -409,7 +410,7 @@ def test_files_are_read_once_until_they_change(pipes, files, tmp_path):
 
 def test_factors_moved_into_one_piece_are_the_same():
     generator = torch.Generator().manual_seed(0)
-    drawn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    drawn = functools.partial(torch.randn, generator=generator)
     odd = Factors(drawn(3, 5).half(), drawn(7, 3).half(), 0.5)
     even = Factors(drawn(1, 3, 3, 3), drawn(2, 1, 1, 1), 2.0)
     parts = {"unet": {"odd": odd, "even": even}, "text_encoder": {"odd": odd}}

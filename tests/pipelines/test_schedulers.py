@@ -162,8 +162,11 @@ def test_timesteps_stay_on_the_host_and_are_the_same(own, name):
     wanted = Scheduler(class_name=name)
     expected, scheduler = build(own, wanted, 0), timed_on_host(build(own, wanted, 0))
     expected.set_timesteps(STEPS)
-    for given in ((STEPS, "meta"), (STEPS,)):
-        scheduler.set_timesteps(*given, **({} if len(given) == 2 else {"device": "meta"}))
+    for set_timesteps in (
+        lambda: scheduler.set_timesteps(STEPS, "meta"),
+        lambda: scheduler.set_timesteps(STEPS, device="meta"),
+    ):
+        set_timesteps()
         assert torch.equal(scheduler.timesteps, expected.timesteps)
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     assert accepted == inspect.signature(expected.set_timesteps).parameters
