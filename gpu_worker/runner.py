@@ -247,7 +247,7 @@ class BatchingRunner:
         return self._loader.call(self._loader.library.drop_idle).result()
 
     def _stalls(self) -> None:
-        """Code is about to be loaded: so that nobody takes that for a hang, jobs load again."""
+        """A module is about to be traced: so that nobody takes that for a hang, jobs load again."""
         for job in list(self._jobs.values()):
             if job.told:
                 self._send(Progress(job=job.id, phase="loading"))

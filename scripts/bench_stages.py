@@ -6,6 +6,7 @@ python -m scripts.bench_stages STAGE DEVICE WORK_FOLDER RESULTS_FILE
 import json
 import logging
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -266,13 +267,12 @@ def compile_first(
         meanwhile.append(seconds_of(server, job))
     wait_for(server.compiler)
     took, since = time.monotonic() - began, time.monotonic() - STARTED
-    # Code is loaded within the first job after it is there, which may have begun before.
-    loaded = [*meanwhile[-1:], seconds_of(server, job)]
-    loading = sum(loaded) - len(loaded) * seconds_of(server, job)
-    note = f"done {since:.1f} s after the imports; loaded in {loading:.1f} s"
-    if undisturbed := sorted(meanwhile[:-1]):
-        typical, worst = undisturbed[len(undisturbed) // 2] / job.steps, undisturbed[-1] / job.steps
-        note += f"; one caller meanwhile: {1 / typical:.1f} it/s, worst {worst:.2f} s a step"
+    note = f"done {since:.1f} s after the imports"
+    if meanwhile:
+        median, worst = (
+            each / job.steps for each in (statistics.median(meanwhile), max(meanwhile))
+        )
+        note += f"; one caller meanwhile: {1 / median:.1f} it/s, worst {worst:.3f} s a step"
     results.add(f"{label}: compilation", f"{took:.1f} s", note=note)
 
 
@@ -338,11 +338,10 @@ def decoder(results: Results, name: str, device: torch.device, work: Path) -> No
     inductor.wait()
     took = time.monotonic() - began
     made = inductor.run(target, (), kwargs)[0]
-    loaded = time.monotonic() - began - took
     seconds, _ = timed(lambda: [inductor.run(target, (), kwargs) for _ in range(5)])
     results.add(f"{name} decoder, compiled", f"{seconds / 5 * 1000:.1f} ms", base / seconds, "",
                 f"stock {base / 5 * 1000:.1f} ms, {psnr(made, expected):.1f} dB, "
-                f"compiled in {took:.1f} s, loaded in {loaded:.1f} s, "
+                f"compiled in {took:.1f} s, "
                 f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def build(
     """The compiler that the settings ask for. Raises CannotCompile.
 
     `cache` is a folder for compiled code that later processes find again; `stalls` is called
-    before calls are held up for seconds, while code is loaded or traced.
+    before calls are held up for seconds, while a module is traced.
     """
     from gpu_worker.compilers.cuda_graph import CudaGraphs
     from gpu_worker.compilers.none import Uncompiled
@@ -72,7 +72,7 @@ def build(
     if backend == "inductor":
         from gpu_worker.compilers.inductor import Inductor
 
-        compiler = Inductor(cache, torch.device(device), stalls)
+        compiler = Inductor(cache, torch.device(device))
     elif backend == "stable-fast":
         from gpu_worker.compilers.stable_fast import StableFast
 

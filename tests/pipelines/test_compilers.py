@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
 from gpu_worker.batching import Layout
 from gpu_worker.compilers import CannotCompile, build, shape_key
 from gpu_worker.compilers.inductor import CALLS_BEFORE, Compiled, Inductor
 from gpu_worker.compilers.none import Uncompiled
+from gpu_worker.compilers.standalone import MAX_ROWS
 from gpu_worker.interposer import Target
 
 LAYOUT = Layout("sample", scalars=frozenset({"timestep"}))
@@ -71,33 +71,74 @@ def test_without_a_compiler_a_call_is_the_modules_own() -> None:
     assert torch.equal(result[0], module(**kwargs)[0])
 
 
-def test_what_the_child_compiled_is_found_and_not_compiled_again(inductor: Inductor) -> None:
-    # Keys hold the layouts of weights, which are pickled otherwise in every kind of process.
-    module = Denoiser(12)
-    wanted, kwargs = target(module), call(2, 12)
-    warmed(inductor, wanted, kwargs)
-    counters.clear()
-    assert isinstance(inductor.function(wanted, (), kwargs), Compiled)
-    assert counters["inductor"]["fxgraph_cache_hit"] == 1
-    assert counters["inductor"]["fxgraph_cache_miss"] == 0
+def test_a_later_process_loads_what_it_finds_at_the_first_call(tmp_path: Path) -> None:
+    module, kwargs = Denoiser(12), call(2, 12)
+    wanted, earlier = target(module), Inductor(tmp_path, torch.device("cpu"))
+    warmed(earlier, wanted, kwargs)
+    earlier.close()
+    later = Inductor(tmp_path, torch.device("cpu"))
+    assert later.function(wanted, (), kwargs) == wanted.run
+    later.wait()
+    assert isinstance(later.function(wanted, (), kwargs), Compiled)
+    torch.testing.assert_close(later.run(wanted, (), kwargs)[0], module(**kwargs)[0])
+    later.close()
 
 
-def test_a_call_that_is_held_up_by_loading_is_announced(tmp_path: Path) -> None:
-    held_up: list[str] = []
-    inductor = Inductor(tmp_path, torch.device("cpu"), lambda: held_up.append("loading"))
+def test_workers_of_one_host_compile_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    workers = [Inductor(tmp_path, torch.device("cpu")) for _ in range(3)]
+    module, kwargs = Denoiser(12), call(2, 12)
+    wanted = target(module)
+    for worker in workers * CALLS_BEFORE:
+        worker.run(wanted, (), kwargs)
+    for worker in workers:
+        worker.wait()
+        assert isinstance(worker.function(wanted, (), kwargs), Compiled)
+        worker.close()
+    told = [record.message.split(" in ")[0] for record in caplog.records]
+    assert sorted(told) == [
+        *["compiled Denoiser.forward", "compiling Denoiser.forward"],
+        *["loaded code of Denoiser.forward"] * 2,
+    ]
+
+
+def test_code_that_cannot_be_loaded_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, kwargs = Denoiser(12), call(2, 12)
+    wanted, earlier = target(module), Inductor(tmp_path, torch.device("cpu"))
+    warmed(earlier, wanted, kwargs)
+    (code,) = tmp_path.glob("code-*/code")
+    code.write_bytes(code.read_bytes()[:1000])
+    later = Inductor(tmp_path, torch.device("cpu"))
+    later.run(wanted, (), kwargs)
+    later.wait()
+    assert "cannot load code of Denoiser.forward" in caplog.text
+    torch.testing.assert_close(later.run(wanted, (), kwargs)[0], module(**kwargs)[0])
+
+
+def test_more_rows_than_the_code_is_for_run_uncompiled(inductor: Inductor) -> None:
     module = Denoiser()
-    wanted, kwargs = target(module), call(2)
-    warmed(inductor, wanted, kwargs)
-    assert not held_up
-    for _ in range(2):
-        inductor.run(wanted, (), kwargs)
-    assert held_up == ["loading"]
-    inductor.close()
+    wanted = target(module)
+    warmed(inductor, wanted, call(2))
+    assert isinstance(inductor.function(wanted, (), call(MAX_ROWS)), Compiled)
+    assert inductor.function(wanted, (), call(MAX_ROWS + 1)) == wanted.run
+
+
+def test_weights_of_other_looks_are_refused(inductor: Inductor) -> None:
+    module = Denoiser()
+    warmed(inductor, target(module), call(2))
+    code = inductor.function(target(module), (), call(2))
+    assert isinstance(code, Compiled)
+    with pytest.raises((AssertionError, RuntimeError)):
+        code.code(Denoiser(16), call(2))
+    with pytest.raises((AssertionError, RuntimeError)):
+        code.code(Denoiser().double(), call(2))
 
 
 def test_calls_run_uncompiled_until_the_code_is_ready(inductor: Inductor) -> None:
-    module = Denoiser()
-    wanted, kwargs = target(module), call(2)
+    module = Denoiser(20)
+    wanted, kwargs = target(module), call(2, 20)
     for _ in range(CALLS_BEFORE):
         assert inductor.function(wanted, (), kwargs) == wanted.run
     inductor.wait()
@@ -108,8 +149,7 @@ def test_calls_run_uncompiled_until_the_code_is_ready(inductor: Inductor) -> Non
 def test_one_compilation_serves_all_rows_all_modules_and_new_weights(inductor: Inductor) -> None:
     first, second = Denoiser(), Denoiser()
     warmed(inductor, target(first), call(2))
-    inductor.run(target(first), (), call(2))
-    compiled = compilations()
+    begun = len(inductor._codes)
     for module in (first, second):
         for rows in (2, 3, 16):
             kwargs = call(rows)
@@ -121,7 +161,7 @@ def test_one_compilation_serves_all_rows_all_modules_and_new_weights(inductor: I
     kwargs = call(4)
     one, other = (inductor.run(target(module), (), kwargs)[0] for module in (first, second))
     assert torch.equal(one, other)
-    assert compilations() == compiled
+    assert len(inductor._codes) == begun
 
 
 def test_other_sizes_and_architectures_are_compiled_apart(inductor: Inductor) -> None:
@@ -187,9 +227,3 @@ def test_stable_fast_says_what_is_missing() -> None:
 
 def test_graphs_are_no_matter_for_a_cpu(tmp_path: Path) -> None:
     assert isinstance(build("none", True, "cpu", tmp_path), Uncompiled)
-
-
-def compilations() -> int:
-    from torch._dynamo.utils import counters
-
-    return counters["stats"]["unique_graphs"]

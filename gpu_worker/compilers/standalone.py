@@ -1,0 +1,263 @@
+"""A module's method as code in a folder, which any module of its architecture runs in any process.
+
+torch.export traces the method with its weights among the arguments, so that the code holds none
+of them; inductor compiles what was traced. That takes minutes. Whoever loads the code traces
+nothing and needs seconds at most.
+"""
+
+import hashlib
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import accelerate  # type: ignore[import-untyped]
+import diffusers
+import torch
+from torch._inductor.standalone_compile import CompiledArtifact
+from torch.utils._pytree import (
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+    treespec_dumps,
+    treespec_loads,
+)
+
+from gpu_worker.batching import Arguments, Layout
+
+MAX_ROWS = 32
+EXAMPLE_ROWS = 4
+"""What kernels are tuned for. One row is a case of its own: compilers take 1 for a constant."""
+MAX_COMPILE_THREADS = 8
+CODE, RESULTS = "code", "results.json"
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor's looks."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be compiled, as it travels to another process: tensors are given by their looks.
+
+    The arguments have one row, or EXAMPLE_ROWS that stand for any number of them up to `max_rows`.
+    `threads` are those of the processor: code for it is of another kind for each number.
+    """
+
+    kind: type[Any]
+    config: dict[str, Any]
+    method: str
+    layout: Layout
+    weights: dict[str, Like]
+    arguments: Arguments
+    device: torch.device
+    threads: int
+
+    @classmethod
+    def of(cls, module: Any, method: str, layout: Layout, arguments: Arguments) -> "Order":
+        """For code that runs such calls on modules that look like this one."""
+        return cls(
+            kind=type(module),
+            config={name: value for name, value in module.config.items() if name[:1] != "_"},
+            method=method,
+            layout=layout,
+            weights={name: _looks(weight) for name, weight in weights_of(module).items()},
+            arguments=_example(prepared(arguments, module, method), layout),
+            device=next(module.parameters()).device,
+            threads=torch.get_num_threads(),
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind.__name__}.{self.method}"
+
+    @property
+    def digest(self) -> str:
+        """Names the code that comes of this order here, with these libraries."""
+        versions = (torch.__version__, diffusers.__version__, platform.python_version())
+        on_gpu = self.device.type == "cuda"
+        place = (
+            torch.cuda.get_device_properties(self.device).name
+            if on_gpu
+            else torch.backends.cpu.get_cpu_capability()
+        )
+        return hashlib.sha256(repr((versions, place, self)).encode()).hexdigest()[:32]
+
+
+def max_rows(layout: Layout) -> int:
+    return layout.max_rows or MAX_ROWS
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def prepared(arguments: Arguments, module: torch.nn.Module, method: str) -> Arguments:
+    """Contiguous; decoders are given latents in their own type, as those that upcast expect it."""
+    dtype = next(module.parameters()).dtype
+
+    def change(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if method == "decode" and leaf.is_floating_point():
+            leaf = leaf.to(dtype)
+        return leaf.contiguous()
+
+    changed: Arguments = tree_map(change, arguments)
+    return changed
+
+
+class Code:
+    """What `compile_into` left in a folder. Raises whatever is wrong with that.
+
+    It refuses arguments of other sizes, strides or types than it was made for, any number of rows
+    within its limits aside.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._code = CompiledArtifact.load(path=str(folder / CODE))
+        self._results = treespec_loads((folder / RESULTS).read_text())
+        self._weights: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
+
+    def __call__(self, module: torch.nn.Module, arguments: Arguments) -> Any:
+        """What the module's method returns for these prepared arguments."""
+        if module not in self._weights:
+            # Looked up once: there are up to 1,700, and they stay where they are.
+            self._weights[module] = list(weights_of(module).values())
+        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        return tree_unflatten(list(self._code(*self._weights[module], *tensors)), self._results)
+
+
+def compile_into(folder: Path, order: Order, parent: int) -> float:
+    """In a child process of `parent`: leaves the code there, whole or not at all.
+
+    Returns the seconds it took. Weights are only looked at, and take no memory.
+    """
+    from gpu_worker.__main__ import die_with_parent
+
+    die_with_parent(parent)
+    began = time.monotonic()
+    # Threads of compilation are processes, and every worker of the host may start them.
+    torch._inductor.config.compile_threads = min(os.cpu_count() or 1, MAX_COMPILE_THREADS)
+    torch.set_num_threads(order.threads)
+    with torch.no_grad():
+        program = _exported(order)
+        code = _compiled(program.graph_module)
+    # Renamed when all is there, then not found to be removed.
+    with tempfile.TemporaryDirectory(
+        suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
+    ) as made:
+        code.save(path=f"{made}/{CODE}")
+        (Path(made) / RESULTS).write_text(treespec_dumps(program.call_spec.out_spec))
+        os.rename(made, folder)
+    return time.monotonic() - began
+
+
+class _Method(torch.nn.Module):
+    """A module's method as what functional_call calls."""
+
+    def __init__(self, module: torch.nn.Module, method: str) -> None:
+        super().__init__()
+        self.module = module
+        self._method = method
+
+    def forward(self, **arguments: Any) -> Any:
+        return getattr(self.module, self._method)(**arguments)
+
+
+class _Function(torch.nn.Module):
+    """The same as a function of its weights, hidden so that export finds no others."""
+
+    def __init__(self, method: _Method) -> None:
+        super().__init__()
+        self._hidden = (method,)
+
+    def forward(self, weights: Mapping[str, torch.Tensor], arguments: Arguments) -> Any:
+        return torch.func.functional_call(self._hidden[0], dict(weights), (), arguments)
+
+
+def _exported(order: Order) -> torch.export.ExportedProgram:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with accelerate.init_empty_weights(include_buffers=False):
+        module = order.kind.from_config(order.config).eval()
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        weights = {f"module.{name}": _made(look, order) for name, look in order.weights.items()}
+        arguments = tree_map(lambda leaf: _made(leaf, order), order.arguments)
+    return torch.export.export(
+        _Function(_Method(module, order.method)),
+        (weights, arguments),
+        dynamic_shapes=(dict.fromkeys(weights), _dynamic(order)),
+        strict=False,
+    )
+
+
+def _compiled(graph: torch.fx.GraphModule) -> CompiledArtifact:
+    inputs: list[Any] = []
+    for node in list(graph.graph.nodes):
+        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
+            inputs.append(node.meta["val"])
+        elif node.op == "placeholder":
+            graph.graph.erase_node(node)  # a constant, which is part of the code
+    graph.recompile()
+    return torch._inductor.standalone_compile(
+        graph, inputs, dynamic_shapes="from_graph", options={}, aot=True
+    )
+
+
+def _looks(tensor: torch.Tensor) -> Like:
+    return Like(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _made(leaf: Any, order: Order) -> Any:
+    return leaf.empty(order.device) if isinstance(leaf, Like) else leaf
+
+
+def _example(arguments: Arguments, layout: Layout) -> Arguments:
+    """The arguments' looks with one row, or with those that stand for several."""
+    rows = 1 if arguments[layout.rows].shape[0] == 1 else EXAMPLE_ROWS
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        shape = (rows, *leaf.shape[1:]) if leaf.dim() else ()
+        return _looks(torch.empty(shape, dtype=leaf.dtype, device="meta"))
+
+    def alike(leaf: Any) -> Any:
+        return _looks(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return {
+        name: tree_map(alike if name in layout.rowless else resized, value)
+        for name, value in arguments.items()
+    }
+
+
+def _dynamic(order: Order) -> dict[str, Any]:
+    """For each argument, which of its dimensions counts the rows."""
+    rows = torch.export.Dim("rows", min=2, max=max_rows(order.layout))
+    is_lone = order.arguments[order.layout.rows].shape[0] == 1
+
+    def dimensions(leaf: Any) -> Any:
+        return {0: rows} if isinstance(leaf, Like) and leaf.shape else None
+
+    def none(leaf: Any) -> None:
+        return None
+
+    return {
+        name: tree_map(none if is_lone or name in order.layout.rowless else dimensions, value)
+        for name, value in order.arguments.items()
+    }
