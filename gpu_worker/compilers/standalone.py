@@ -209,10 +209,14 @@ def _exported(order: Order) -> torch.export.ExportedProgram:
 def _compiled(graph: torch.fx.GraphModule) -> CompiledArtifact:
     inputs: list[Any] = []
     for node in list(graph.graph.nodes):
-        if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
-            inputs.append(node.meta["val"])
-        elif node.op == "placeholder":
+        value = node.meta.get("val")
+        if node.op == "placeholder" and not isinstance(value, torch.Tensor):
             graph.graph.erase_node(node)  # a constant, which is part of the code
+        elif node.op == "placeholder":
+            inputs.append(value)
+        # Where inductor looks for what is known of sizes: else rows are those of the example
+        # (seen with torch 2.11).
+        node.meta["example_value"] = value
     graph.recompile()
     return torch._inductor.standalone_compile(
         graph, inputs, dynamic_shapes="from_graph", options={}, aot=True
