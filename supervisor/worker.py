@@ -163,8 +163,8 @@ class Worker:
 
 
 def phase_seconds(job: Job, settings: Settings) -> float:
-    """How long a job may stay where it is. A first step may have to be compiled."""
-    compiles = settings.compile_backend != "none" and job.step == 0
-    if job.phase == "loading" or compiles:
+    """How long a job may stay where it is. stable-fast traces a module at a first step."""
+    traces = settings.compile_backend == "stable-fast" and job.step == 0
+    if job.phase == "loading" or traces:
         return settings.load_timeout_seconds
     return settings.step_timeout_seconds

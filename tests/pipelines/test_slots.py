@@ -114,6 +114,14 @@ def test_only_weights_of_four_dimensions_are_laid_out_anew() -> None:
     assert all(torch.equal(*pair) for pair in zip(before, module.parameters(), strict=True))
 
 
+def test_weights_of_1_x_1_are_laid_out_by_their_strides_too() -> None:
+    module = torch.nn.Conv2d(4, 8, 1)
+    lay_out(module, torch.channels_last)
+    assert module.weight.stride() == (4, 1, 4, 4)
+    lay_out(module, torch.contiguous_format)
+    assert module.weight.stride() == (4, 1, 1, 1)
+
+
 def test_a_model_too_large_for_the_device_drops_no_other(tiny_models: Path) -> None:
     models = [Model(name=name, path=str(tiny_models / name)) for name in ("sd15", "sdxl")]
     roomy = Library("cpu", torch.float32, BUDGET, lambda: None)

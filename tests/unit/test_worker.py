@@ -63,7 +63,7 @@ def test_a_job_that_waits_in_a_worker_for_others_may_wait() -> None:
 
 
 def test_a_first_step_may_take_as_long_as_a_compiler() -> None:
-    one, settings = worker(a="denoising"), replace(SETTINGS, compile_backend="inductor")
+    one, settings = worker(a="denoising"), replace(SETTINGS, compile_backend="stable-fast")
     assert one.stalled(settings, False, 600) is None
     assert one.stalled(settings, False, 601)
     one.running["a"].step = 1
