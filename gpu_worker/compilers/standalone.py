@@ -90,13 +90,18 @@ class Order:
     def digest(self) -> str:
         """Names the code that comes of this order here, with these libraries."""
         versions = (torch.__version__, diffusers.__version__, platform.python_version())
-        on_gpu = self.device.type == "cuda"
-        place = (
-            torch.cuda.get_device_properties(self.device).name
-            if on_gpu
-            else torch.backends.cpu.get_cpu_capability()
-        )
-        return hashlib.sha256(repr((versions, place, self)).encode()).hexdigest()[:32]
+        if self.device.type == "cuda":
+            place = torch.cuda.get_device_properties(self.device).name
+        else:
+            place = torch.backends.cpu.get_cpu_capability()
+        # In an order of its own: that of a set is another one in each process.
+        told = vars(self) | {"config": sorted(self.config.items()), "layout": _told(self.layout)}
+        return hashlib.sha256(repr((versions, place, told)).encode()).hexdigest()[:32]
+
+
+def _told(layout: Layout) -> dict[str, Any]:
+    told = vars(layout).items()
+    return {name: sorted(v) if isinstance(v, frozenset) else v for name, v in told}
 
 
 def max_rows(layout: Layout) -> int:

@@ -1,5 +1,8 @@
 """Compilers on the CPU: what is compiled computes the same, and nobody waits for it."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +85,28 @@ def test_a_later_process_loads_what_it_finds_at_the_first_call(tmp_path: Path) -
     assert isinstance(later.function(wanted, (), kwargs), Compiled)
     torch.testing.assert_close(later.run(wanted, (), kwargs)[0], module(**kwargs)[0])
     later.close()
+
+
+DIGEST = """
+import torch
+from gpu_worker.compilers.standalone import Order
+from gpu_worker.interposer import POSITIONED
+from tests.pipelines.test_compilers import Denoiser
+print(Order.of(Denoiser(), "forward", POSITIONED, {"hidden_states": torch.zeros(2, 8)}).digest)
+"""
+
+
+def test_code_has_one_name_in_all_processes() -> None:
+    named = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIGEST],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
+        for seed in "1234"
+    ]
+    assert len({process.communicate(timeout=120)[0] for process in named}) == 1
 
 
 def test_workers_of_one_host_compile_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
