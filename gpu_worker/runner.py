@@ -145,7 +145,8 @@ class BatchingRunner:
             lambda: self._picture(job, work, index, task),
             lambda made: self._made(job, work, task, made),
             priority=work.priority,
-            deterministic=work.deterministic,
+            # One that changes its modules for a while runs what nothing was compiled for.
+            deterministic=work.deterministic or needs_to_be_alone(kind),
             alone=work.alone or needs_to_be_alone(kind),
             claims=claims(work),
         )

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -22,14 +23,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-from gpu_worker.batching import Arguments
+from gpu_worker.batching import Arguments, NotBatchFirst, count_rows
 from gpu_worker.compilers import Function, shape_key, worth_compiling
 from gpu_worker.compilers.standalone import (
     MAX_ROWS,
     Code,
     Order,
     compile_into,
-    max_rows,
     prepared,
 )
 from gpu_worker.interposer import Target
@@ -71,9 +71,7 @@ class Inductor:
         self._folder = Path(cache_dir())
         # This process compiles nothing, and needs none of the processes that would help it.
         torch._inductor.config.compile_threads = 1
-        # A child for each compilation: what it held on the device is then free for sure.
-        context = get_context("spawn")
-        self._child = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+        self._one = threading.Lock()
         self._loaders = ThreadPoolExecutor(MAX_CODES, "code")
         self._calls: dict[Hashable, int] = {}
         self._codes: dict[Hashable, Future[Code]] = {}
@@ -87,8 +85,11 @@ class Inductor:
         if code is None:
             self._consider(key, target, kwargs)
             return target.run
-        is_ready = code.done() and code.exception() is None
-        return Compiled(target, code.result()) if is_ready else target.run
+        if not code.done() or code.exception() is not None:
+            return target.run
+        ready = code.result()
+        fits = _rows(target, kwargs) <= ready.max_rows and ready.fits(target.module)
+        return Compiled(target, ready) if fits else target.run
 
     def run(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.function(target, args, kwargs)(*args, **kwargs)
@@ -108,15 +109,15 @@ class Inductor:
 
     def close(self) -> None:
         self._loaders.shutdown(wait=False, cancel_futures=True)
-        self._child.shutdown(wait=False, cancel_futures=True)
 
     def _key(self, target: Target, kwargs: Arguments) -> Hashable:
         """One for each architecture, method and shape, whichever module and however many rows."""
-        shape, layout, module = shape_key(kwargs, with_rows=False), target.layout, target.module
-        assert layout is not None, "a target without a layout is not worth compiling"
+        shape, module = shape_key(kwargs, with_rows=False), target.module
         if shape is None or module.training or not hasattr(module, "from_config"):
             return None
-        if kwargs[layout.rows].shape[0] > max_rows(layout):
+        if getattr(module, "use_tiling", False) or getattr(module, "use_slicing", False):
+            return None
+        if not 0 < _rows(target, kwargs) <= MAX_ROWS:
             return None
         if module not in self._architectures:
             self._architectures[module] = _architecture(module)
@@ -125,8 +126,10 @@ class Inductor:
     def _consider(self, key: Hashable, target: Target, kwargs: Arguments) -> None:
         """Has code loaded that is there, and made once it is worth that."""
         calls = self._calls[key] = self._calls.get(key, 0) + 1
+        if len(self._codes) >= MAX_CODES:
+            return
         is_due = calls >= CALLS_BEFORE and _has_room(target.module)
-        if len(self._codes) >= MAX_CODES or not (calls == 1 or is_due):
+        if not (calls == 1 or is_due):
             return
         assert target.layout is not None
         order = Order.of(target.module, target.method, target.layout, kwargs)
@@ -148,7 +151,7 @@ class Inductor:
             return None
         began = time.monotonic()
         try:
-            code = Code(folder)
+            code = Code(folder, order)
         except Exception as error:
             log.warning("cannot load code of %s, which is made anew: %s", order.name, error)
             shutil.rmtree(folder, ignore_errors=True)
@@ -158,12 +161,24 @@ class Inductor:
 
     def _made(self, order: Order, folder: Path) -> Code:
         log.info("compiling %s", order.name)
-        seconds = self._child.submit(compile_into, folder, order, os.getpid()).result()
+        # A process for each, one at a time: what it held on the device is then free for sure, and
+        # one that is killed takes no other along.
+        with self._one, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as child:
+            seconds = child.submit(compile_into, folder, order, os.getpid()).result()
         began = time.monotonic()
-        code = Code(folder)
+        code = Code(folder, order)
         loading = time.monotonic() - began
         log.info("compiled %s in %.1f s, loaded in %.1f s", order.name, seconds, loading)
         return code
+
+
+def _rows(target: Target, kwargs: Arguments) -> int:
+    """0 for a call whose rows cannot be counted."""
+    assert target.layout is not None, "a target without a layout is not worth compiling"
+    try:
+        return count_rows(kwargs, target.layout)
+    except NotBatchFirst:
+        return 0
 
 
 def _architecture(module: Any) -> Hashable:

@@ -6,6 +6,8 @@ nothing and needs seconds at most.
 """
 
 import hashlib
+import json
+import math
 import os
 import platform
 import tempfile
@@ -36,6 +38,10 @@ MAX_ROWS = 32
 EXAMPLE_ROWS = 4
 """What kernels are tuned for. One row is a case of its own: compilers take 1 for a constant."""
 MAX_COMPILE_THREADS = 8
+MAX_ELEMENTS = 2**31 - 1
+"""Of a tensor: kernels may count them in 32 bits."""
+FORMAT = 1
+"""To be raised with every change of what is made of an order."""
 CODE, RESULTS = "code", "results.json"
 
 
@@ -89,13 +95,14 @@ class Order:
     @property
     def digest(self) -> str:
         """Names the code that comes of this order here, with these libraries."""
-        versions = (torch.__version__, diffusers.__version__, platform.python_version())
+        versions = (FORMAT, torch.__version__, diffusers.__version__, platform.python_version())
         if self.device.type == "cuda":
             place = torch.cuda.get_device_properties(self.device).name
         else:
             place = torch.backends.cpu.get_cpu_capability()
         # In an order of its own: that of a set is another one in each process.
-        told = vars(self) | {"config": sorted(self.config.items()), "layout": _told(self.layout)}
+        config = json.dumps(self.config, sort_keys=True, default=str)
+        told = vars(self) | {"config": config, "layout": _told(self.layout)}
         return hashlib.sha256(repr((versions, place, told)).encode()).hexdigest()[:32]
 
 
@@ -128,24 +135,34 @@ def prepared(arguments: Arguments, module: torch.nn.Module, method: str) -> Argu
 
 
 class Code:
-    """What `compile_into` left in a folder. Raises whatever is wrong with that.
+    """What `compile_into` left in a folder for an order. Raises whatever is wrong with that.
 
-    It refuses arguments of other sizes, strides or types than it was made for, any number of rows
-    within its limits aside.
+    It checks sizes and strides of what it is given, and no types. `max_rows` are for its callers.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, order: Order) -> None:
         self._code = CompiledArtifact.load(path=str(folder / CODE))
-        self._results = treespec_loads((folder / RESULTS).read_text())
-        self._weights: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
+        results = json.loads((folder / RESULTS).read_text())
+        self._results, self.max_rows = treespec_loads(results["spec"]), results["max_rows"]
+        self._looks = order.weights
+        self._weights: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor] | None]
+        self._weights = WeakKeyDictionary()
+
+    def fits(self, module: torch.nn.Module) -> bool:
+        """Whether it was made for weights like the module's. Looked at once: there are up to
+        1,700, and they stay where they are."""
+        if module not in self._weights:
+            weights = weights_of(module)
+            fits = {name: _looks(weight) for name, weight in weights.items()} == self._looks
+            self._weights[module] = list(weights.values()) if fits else None
+        return self._weights[module] is not None
 
     def __call__(self, module: torch.nn.Module, arguments: Arguments) -> Any:
-        """What the module's method returns for these prepared arguments."""
-        if module not in self._weights:
-            # Looked up once: there are up to 1,700, and they stay where they are.
-            self._weights[module] = list(weights_of(module).values())
+        """What the method of a module that it fits returns for these prepared arguments."""
+        weights = self._weights[module]
+        assert weights is not None
         tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-        return tree_unflatten(list(self._code(*self._weights[module], *tensors)), self._results)
+        return tree_unflatten(list(self._code(*weights, *tensors)), self._results)
 
 
 def compile_into(folder: Path, order: Order, parent: int) -> float:
@@ -162,13 +179,17 @@ def compile_into(folder: Path, order: Order, parent: int) -> float:
     torch.set_num_threads(order.threads)
     with torch.no_grad():
         program = _exported(order)
+        most = min(max_rows(order.layout), MAX_ELEMENTS // _elements_of_a_row(program))
+        if most < EXAMPLE_ROWS:
+            raise ValueError("its tensors are too large")
         code = _compiled(program.graph_module)
     # Renamed when all is there, then not found to be removed.
     with tempfile.TemporaryDirectory(
         suffix=".tmp", dir=folder.parent, ignore_cleanup_errors=True
     ) as made:
         code.save(path=f"{made}/{CODE}")
-        (Path(made) / RESULTS).write_text(treespec_dumps(program.call_spec.out_spec))
+        spec = treespec_dumps(program.call_spec.out_spec)
+        (Path(made) / RESULTS).write_text(json.dumps({"spec": spec, "max_rows": most}))
         os.rename(made, folder)
     return time.monotonic() - began
 
@@ -211,6 +232,25 @@ def _exported(order: Order) -> torch.export.ExportedProgram:
             dynamic_shapes=(dict.fromkeys(weights), _dynamic(order)),
             strict=False,
         )
+
+
+def _elements_of_a_row(program: torch.export.ExportedProgram) -> int:
+    """Of the largest tensor on the way. Rows are the only unknown of a size; where all are known,
+    those of the whole."""
+    largest = 1
+    for node in program.graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, list | tuple) else [values]:
+            if isinstance(value, torch.Tensor):
+                sizes = [size if isinstance(size, int) else size.node.expr for size in value.shape]
+                whole = math.prod(sizes)
+                known = (
+                    whole
+                    if isinstance(whole, int)
+                    else whole.subs(dict.fromkeys(whole.free_symbols, 1))
+                )
+                largest = max(largest, int(known))
+    return largest
 
 
 def _compiled(graph: torch.fx.GraphModule) -> CompiledArtifact:
