@@ -33,6 +33,7 @@ from gpu_worker.compilers.standalone import (
     prepared,
 )
 from gpu_worker.interposer import Target
+from gpu_worker.slots import signature
 
 CALLS_BEFORE = 4
 """A size that is asked for less often is not worth minutes of compilation."""
@@ -112,7 +113,8 @@ class Inductor:
 
     def _key(self, target: Target, kwargs: Arguments) -> Hashable:
         """One for each architecture, method and shape, whichever module and however many rows."""
-        shape, module = shape_key(kwargs, with_rows=False), target.module
+        shape = shape_key(kwargs, with_rows=False)
+        module: Any = target.module
         if shape is None or module.training or not hasattr(module, "from_config"):
             return None
         if getattr(module, "use_tiling", False) or getattr(module, "use_slicing", False):
@@ -120,7 +122,8 @@ class Inductor:
         if not 0 < _rows(target, kwargs) <= MAX_ROWS:
             return None
         if module not in self._architectures:
-            self._architectures[module] = _architecture(module)
+            dtype = next(module.parameters()).dtype
+            self._architectures[module] = signature(type(module), module.config, dtype)
         return (self._architectures[module], target.method, shape)
 
     def _consider(self, key: Hashable, target: Target, kwargs: Arguments) -> None:
@@ -179,13 +182,6 @@ def _rows(target: Target, kwargs: Arguments) -> int:
         return count_rows(kwargs, target.layout)
     except NotBatchFirst:
         return 0
-
-
-def _architecture(module: Any) -> Hashable:
-    """Equal for modules that the same code can run."""
-    config = dict(module.config)
-    told = sorted((name, str(value)) for name, value in config.items() if name[:1] != "_")
-    return (type(module).__name__, tuple(told), next(module.parameters()).dtype)
 
 
 def _has_room(module: torch.nn.Module) -> bool:
