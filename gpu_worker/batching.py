@@ -44,6 +44,10 @@ class Layout:
     def rowless(self) -> frozenset[str]:
         return self.shared | self.unread
 
+    def read(self, arguments: Arguments) -> Arguments:
+        """Those that have an effect."""
+        return {name: value for name, value in arguments.items() if name not in self.unread}
+
 
 def count_rows(arguments: Arguments, layout: Layout) -> int:
     """Raises NotBatchFirst where the tensor that counts the rows is missing."""

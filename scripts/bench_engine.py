@@ -26,6 +26,7 @@ from gpu_worker.forwards import Forwards
 from gpu_worker.interposer import interposable, restore
 from gpu_worker.limits import Limits, memory_of
 from gpu_worker.pace import pace_of
+from gpu_worker.pipelines import device_of, settled
 from gpu_worker.schedulers import timed_on_host
 from gpu_worker.transfer import unwaited
 from scripts import true_architectures
@@ -105,6 +106,13 @@ def pipeline(name: str, parts: dict[str, Any], scheduler: tuple[str, dict[str, A
     return pipe
 
 
+def as_served(made: Any) -> Any:
+    """The pipeline as the worker prepares it."""
+    timed_on_host(made.scheduler)
+    made.__class__ = settled(type(made), device_of(made.components.values()))
+    return made
+
+
 @dataclass
 class Job:
     """One picture: its own prompt, seed, steps and scheduler. `height` and `width` in pixels."""
@@ -126,9 +134,7 @@ class Job:
         own = self.checkpoint.pipe.components
         parts = {name: own[name] for name in ("unet", "vae", "text_encoder", "tokenizer")}
         made = pipeline(self.checkpoint.name, parts, self.scheduler)
-        if not self.is_stock:
-            timed_on_host(made.scheduler)
-        return made
+        return made if self.is_stock else as_served(made)
 
     def run(self) -> torch.Tensor:
         generator = torch.Generator("cpu").manual_seed(self.seed)

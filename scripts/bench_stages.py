@@ -63,18 +63,36 @@ class Results:
         print(f"[{seconds:5.0f} s] {what:44} {value:16} {shown:9} {note}", flush=True)
 
 
+class Moment:
+    """A time in the device's order of work; orders are given earlier."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = time.perf_counter()
+        self._event: Any = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def seconds_until(self, later: "Moment") -> float:
+        if self._event is None:
+            return later._seconds - self._seconds
+        later._event.synchronize()
+        return float(self._event.elapsed_time(later._event)) / 1000
+
+
 class Server:
     """The engine over one checkpoint's modules with a compiler, as the worker has them.
 
-    `full_rate` is that of the last run while as many jobs ran as there were callers, in
-    steps of all pictures per second: the last jobs, which have less and less company, do not count.
+    `full_rate` is that of the last run while as many jobs ran as there were callers, in steps of
+    all pictures per second: from when the first was done and another came, so that not all begin
+    at once, until none waited any more.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, compiler: Compiler, parts: Sequence[Any] = ()
     ) -> None:
         self.compiler = compiler
-        device = checkpoint.device
+        self._device = device = checkpoint.device
         limits = Limits(memory=memory_of(device), buckets=compiler.buckets)
         forwards = Forwards(limits, compiler.run, pace=pace_of(device))
         self._engine = Engine(forwards, max_running=64, around=unwaited(device))
@@ -91,19 +109,23 @@ class Server:
         """`callers` jobs at a time; the next begins when one ends."""
         results: dict[int, torch.Tensor] = {}
         waiting, tasks = list(enumerate(jobs))[::-1], list[Task]()
-        began = time.perf_counter()
+        full = list[tuple[Moment, int]]()
+
+        def body(index: int, job: Any) -> torch.Tensor:
+            if index in (callers, len(jobs) - 1):
+                full.append((Moment(self._device), sum(task.forwards for task in tasks)))
+            latents: torch.Tensor = job.served()
+            return latents
 
         def begin() -> None:
             if waiting:
                 index, job = waiting.pop()
-                task = Task(index, job.served, finished=partial(end, index), failed=fail)
+                task = Task(
+                    index, partial(body, index, job), finished=partial(end, index), failed=fail
+                )
                 task.deterministic = index in deterministic
                 tasks.append(task)
                 self._engine.submit(task)
-                if not waiting and len(jobs) > callers:
-                    synchronize()
-                    steps = sum(task.forwards for task in tasks)
-                    self.full_rate = steps / (time.perf_counter() - began)
 
         def end(index: int, result: torch.Tensor) -> None:
             results[index] = result
@@ -115,6 +137,9 @@ class Server:
         for _ in range(callers):
             begin()
         self._engine.run_until_idle()
+        if len(full) == 2:
+            (begun, before), (over, after) = full
+            self.full_rate = (after - before) / begun.seconds_until(over)
         return [results[index] for index in range(len(jobs))]
 
     def close(self) -> None:
@@ -193,7 +218,7 @@ def architecture(results: Results, name: str, device: torch.device, work: Path) 
     checkpoint = Checkpoint.random(name, device, 0)
     scale = 1 if device.type == "cuda" else 5
     lone = lone_jobs(checkpoint, size, LONG // scale)
-    many = jobs_of([checkpoint], [(size, size)], 4 * callers, SHORT // scale + 2)
+    many = jobs_of([checkpoint], [(size, size)], 5 * callers, SHORT // scale + 2)
     label = f"{name} {size}²"
     stock([replace(lone[0], steps=3)])
     seconds, expected = timed(lambda: stock(lone))

@@ -23,7 +23,7 @@ from gpu_worker.interposer import LAYOUTS, Target
 from gpu_worker.library import Library
 from gpu_worker.lora_files import Factors, Lora, pinned
 from ipc.messages import Model
-from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, jobs_of
+from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, as_served, jobs_of
 from scripts.bench_stages import SIZES, Results, synchronize, true_vae
 
 SWAPS = 200
@@ -352,6 +352,7 @@ class ControlledJob(Job):
             **parts, controlnet=self.net, requires_safety_checker=False
         )
         pipe.set_progress_bar_config(disable=True)
+        pipe = pipe if self.is_stock else as_served(pipe)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         output: torch.Tensor = pipe(
             **self.embeddings(generator),

@@ -25,13 +25,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from gpu_worker.batching import Arguments, NotBatchFirst, count_rows
 from gpu_worker.compilers import Function, shape_key, worth_compiling
-from gpu_worker.compilers.standalone import (
-    MAX_ROWS,
-    Code,
-    Order,
-    compile_into,
-    prepared,
-)
+from gpu_worker.compilers.standalone import MAX_ROWS, Code, Order, compile_into
 from gpu_worker.interposer import Target
 from gpu_worker.slots import signature
 
@@ -52,8 +46,7 @@ class Compiled:
     code: Code
 
     def __call__(self, **kwargs: Any) -> Any:
-        module = self.target.module
-        return self.code(module, prepared(kwargs, module, self.target.method))
+        return self.code(self.target.module, kwargs)
 
 
 class Inductor:
@@ -113,7 +106,8 @@ class Inductor:
 
     def _key(self, target: Target, kwargs: Arguments) -> Hashable:
         """One for each architecture, method and shape, whichever module and however many rows."""
-        shape = shape_key(kwargs, with_rows=False)
+        assert target.layout is not None
+        shape = shape_key(target.layout.read(kwargs), with_rows=False)
         module: Any = target.module
         if shape is None or module.training or not hasattr(module, "from_config"):
             return None

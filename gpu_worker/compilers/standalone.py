@@ -83,7 +83,7 @@ class Order:
             method=method,
             layout=layout,
             weights={name: _looks(weight) for name, weight in weights_of(module).items()},
-            arguments=_example(prepared(arguments, module, method), layout),
+            arguments=_example(_prepared(arguments, module, method, layout), layout),
             device=next(module.parameters()).device,
             threads=torch.get_num_threads(),
         )
@@ -119,8 +119,11 @@ def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
-def prepared(arguments: Arguments, module: torch.nn.Module, method: str) -> Arguments:
-    """Contiguous; decoders are given latents in their own type, as those that upcast expect it."""
+def _prepared(
+    arguments: Arguments, module: torch.nn.Module, method: str, layout: Layout
+) -> Arguments:
+    """Those that are read, contiguous; decoders are given latents in their own type, as those that
+    upcast expect it."""
     dtype = next(module.parameters()).dtype
 
     def change(leaf: Any) -> Any:
@@ -130,7 +133,7 @@ def prepared(arguments: Arguments, module: torch.nn.Module, method: str) -> Argu
             leaf = leaf.to(dtype)
         return leaf.contiguous()
 
-    changed: Arguments = tree_map(change, arguments)
+    changed: Arguments = tree_map(change, layout.read(arguments))
     return changed
 
 
@@ -144,7 +147,7 @@ class Code:
         self._code = CompiledArtifact.load(path=str(folder / CODE))
         results = json.loads((folder / RESULTS).read_text())
         self._results, self.max_rows = treespec_loads(results["spec"]), results["max_rows"]
-        self._looks = order.weights
+        self._order = order
         self._weights: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor] | None]
         self._weights = WeakKeyDictionary()
 
@@ -153,15 +156,16 @@ class Code:
         1,700, and they stay where they are."""
         if module not in self._weights:
             weights = weights_of(module)
-            fits = {name: _looks(weight) for name, weight in weights.items()} == self._looks
+            fits = {name: _looks(weight) for name, weight in weights.items()} == self._order.weights
             self._weights[module] = list(weights.values()) if fits else None
         return self._weights[module] is not None
 
     def __call__(self, module: torch.nn.Module, arguments: Arguments) -> Any:
-        """What the method of a module that it fits returns for these prepared arguments."""
+        """What the method of a module that it fits returns for these arguments."""
         weights = self._weights[module]
         assert weights is not None
-        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        prepared = _prepared(arguments, module, self._order.method, self._order.layout)
+        tensors = [leaf for leaf in tree_leaves(prepared) if isinstance(leaf, torch.Tensor)]
         return tree_unflatten(list(self._code(*weights, *tensors)), self._results)
 
 

@@ -41,6 +41,11 @@ class Decoder(Denoiser):
         return torch.cos(self.layer(z))
 
 
+class SamplingDecoder(Denoiser):
+    def decode(self, z: torch.Tensor, generator: object = None) -> torch.Tensor:
+        return torch.tanh(self.layer(z))
+
+
 def target(module: nn.Module, method: str = "forward", rows: str = "sample") -> Target:
     layout = LAYOUT if rows == "sample" else Layout(rows)
     return Target(module.eval(), method, layout)
@@ -218,6 +223,23 @@ def test_a_decoder_is_compiled_in_its_own_type(inductor: Inductor) -> None:
     code = inductor.function(decode, (), {"z": latents})
     assert isinstance(code, Compiled)
     torch.testing.assert_close(code(z=latents), module.decode(latents))
+
+
+def test_a_decoder_is_compiled_for_calls_with_a_generator_that_it_does_not_read(
+    inductor: Inductor,
+) -> None:
+    module, latents = SamplingDecoder(), torch.randn(1, 8)
+    decode = Target(module.eval(), "decode", Layout("z", unread=frozenset({"generator"})))
+    kwargs = {"z": latents, "generator": torch.Generator()}
+    warmed(inductor, decode, kwargs)
+    begun = len(inductor._codes)
+    for generator in (torch.Generator(), [torch.Generator()], None):
+        code = inductor.function(decode, (), {"z": latents, "generator": generator})
+        assert isinstance(code, Compiled)
+        made = code(z=latents, generator=generator)
+        torch.testing.assert_close(made, module.decode(latents, None))
+    assert isinstance(inductor.function(decode, (), {"z": latents}), Compiled)
+    assert len(inductor._codes) == begun
 
 
 def test_text_encoders_and_unknown_arguments_are_left_alone(inductor: Inductor) -> None:

@@ -15,6 +15,7 @@ from supervisor.jobs import (
     in_order,
     overdue,
 )
+from supervisor.placement import MARGINAL_ROW, slowdown
 from supervisor.states import ImpossibleTransition, JobEvent, JobState
 from tests.tools.fleets import generate, job, model, picture
 
@@ -188,11 +189,24 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert one.running_seconds(measured()) == 3 + 5
+    assert one.running_seconds(measured(), jobs=1, now=2.0) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert one.running_seconds(measured()) == 3 + 5
+    assert one.running_seconds(measured(), jobs=1, now=2.0) == 3 + 5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured()) == 4.5
+    assert one.running_seconds(measured(), jobs=1, now=2.0) == 4.5
+
+
+@pytest.mark.parametrize(("jobs", "seconds"), [(1, 3.5), (4, 1.0 + MARGINAL_ROW * 3)])
+def test_steps_that_were_not_told_yet_go_by_the_time(jobs: int, seconds: float) -> None:
+    one, _ = started()
+    one.moved(progress("denoising", 1, 10), 2.0)
+    left = 4.5 - seconds / slowdown(jobs)
+    assert one.running_seconds(measured(), jobs, now=2.0 + seconds) == pytest.approx(left)
+    one.moved(progress("denoising", 4, 10), 2.0 + seconds)
+    assert one.running_seconds(measured(), jobs, now=2.0 + seconds) == 3.0
+    assert one.running_seconds(measured(), jobs, now=90.0) == 0.0
+    one.moved(progress("decoding", 10, 10), 90.0)
+    assert one.running_seconds(measured(), jobs, now=90.0) == 0.0
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:
