@@ -266,8 +266,7 @@ class Engine:
         return 0 if body.call is None else self._forwards.max_rows(body.call)
 
     def _count(self, body: Body, company: int) -> None:
-        layout = body.call.target.layout if body.call is not None else None
-        if layout is None or not layout.leads:
+        if body.call is not None and body.call.target.is_denoiser:
             body.task.forwards += 1
             body.task.company += company
 

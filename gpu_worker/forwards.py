@@ -75,7 +75,7 @@ class Outcome:
 @dataclass
 class Forwards:
     """`execute` is where a compiler slots in; `evict` frees idle models and says whether
-    it freed any; `pace` is called after each forward. Outcomes stand in the calls' order."""
+    it freed any; `pace` is called after each step. Outcomes stand in the calls' order."""
 
     limits: Limits = field(default_factory=Limits)
     execute: Execute = run_eagerly
@@ -129,7 +129,8 @@ class Forwards:
         with self.limits.measured(call.shape, rows):
             execute = run_eagerly if call.plain else self.execute
             output = execute(call.target, args, kwargs)
-        self.pace()
+        if call.target.is_denoiser:
+            self.pace()
         return output
 
     def _untouched(self, call: Call) -> Outcome:

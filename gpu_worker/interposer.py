@@ -90,6 +90,12 @@ class Target:
         return module
 
     @property
+    def is_denoiser(self) -> bool:
+        """Whether its calls are steps. Neither what leads to them is one, nor what decodes their
+        result; of what is not known, all is."""
+        return self.layout is None or not (self.layout.leads or self.method == "decode")
+
+    @property
     def is_gone(self) -> bool:
         return self._module() is None
 

@@ -173,6 +173,14 @@ class Job:
         self.outcome = outcome
         self.tell(Ended())
 
+    def let_go(self) -> None:
+        """Of the pictures, given and made, once it is answered."""
+        self.pictures.clear()
+        if self.outcome is not None:
+            self.outcome.pictures.clear()
+        if isinstance(self.message, messages.Generate):
+            self.message = msgspec.structs.replace(self.message, images={})
+
     def outcome_of(self, answer: Answered) -> tuple[JobEvent, Outcome]:
         """How it ends by its worker's answer."""
         match answer:

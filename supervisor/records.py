@@ -1,7 +1,8 @@
 """What is remembered of each request: its job, its answer, its idempotency key.
 
-A record is kept while its job runs and JOB_RETENTION_SECONDS after it ended; its
-id is remembered for as long again, to tell a forgotten job from an unknown one.
+A record is kept while its job runs and, where its caller may come back for the answer,
+JOB_RETENTION_SECONDS after it ended; its id is remembered for as long again, to tell a
+forgotten job from an unknown one.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 import anyio
+import msgspec
 
 from supervisor.errors import Problem
 from supervisor.jobs import Job
@@ -41,6 +43,12 @@ class Record:
     def end(self, now: float, answer: bytes | None = None, problem: Problem | None = None) -> None:
         self.answer, self.problem, self.ended_at = answer, problem, now
         self.done.set()
+
+    def let_go(self) -> None:
+        """Of what only the work needed: from now on its answer is all that is asked for."""
+        self.job.let_go()
+        self.body = GenerateBody()
+        self.prepared = msgspec.structs.replace(self.prepared, message=self.job.message, inputs={})
 
     def result(self) -> bytes:
         """The answer's JSON. Raises the Problem that the request ended with."""
@@ -75,6 +83,11 @@ class Records:
     def add(self, record: Record) -> None:
         self._records[record.job.id] = record
         self.forget()
+
+    def drop(self, id: str) -> None:
+        """Forgets a job before its time, as one that was answered to whoever waited for it."""
+        if self._records.pop(id, None) is not None:
+            self._forgotten[id] = self._now()
 
     def find(self, id: str) -> Record:
         """Raises Problem for an id that is unknown or forgotten."""

@@ -152,6 +152,9 @@ class Service:
         finally:
             self._open -= 1
             self._release(record)
+            record.let_go()
+            if not record.detached:
+                self.records.drop(record.job.id)
         log.info("job ended", extra={"job": record.job.id, "request_id": request_id,
                                      "state": record.job.state.value})  # fmt: skip
 
@@ -222,7 +225,7 @@ def encode_answer(
     """The answer's JSON; base64 is written as it is, without a second escaping."""
     began = time.monotonic()
     if record.body.return_images:
-        images: list[Any] = [msgspec.Raw(b'"%b"' % image) for image in _base64(outcome)]
+        images: Any = msgspec.Raw(msgspec.json.encode([p.data for p in outcome.pictures]))
     else:
         images = list(names)
     now = time.monotonic()

@@ -49,7 +49,7 @@ def test_a_job_that_keeps_the_thread_waiting_goes_on_last(
     assert denoiser.rows == [2, 2, 2]
 
 
-def test_bodies_alone_run_within_what_is_given_and_each_forward_is_paced(
+def test_bodies_alone_run_within_what_is_given_and_each_step_is_paced(
     denoiser: Denoiser,
 ) -> None:
     inside, happened = [False], list[tuple[str, bool]]()
@@ -77,6 +77,38 @@ def test_bodies_alone_run_within_what_is_given_and_each_forward_is_paced(
     engine.run_until_idle()
     step = [("body", True), ("forward", False), ("pace", False)]
     assert happened == [*step, *step, ("body", True)]
+
+
+def test_what_leads_to_a_step_and_what_decodes_is_neither_paced_nor_counted() -> None:
+    class Everything(torch.nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return sample
+
+        def encode(self, sample: torch.Tensor) -> torch.Tensor:
+            return sample
+
+        def decode(self, sample: torch.Tensor) -> torch.Tensor:
+            return sample
+
+    module, happened = Everything(), list[str]()
+
+    def execute(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        happened.append(target.method)
+        return target.run(*args, **kwargs)
+
+    def body() -> None:
+        for call in (module.encode, module, module, module.decode):
+            call(torch.zeros(1, 2))
+
+    engine = Engine(Forwards(execute=execute, pace=lambda: happened.append("pace")))
+    engine.adopt(module, "encode", Layout("sample", leads=True))
+    engine.adopt(module, "forward", Layout("sample"))
+    engine.adopt(module, "decode", Layout("sample"))
+    task = Task(1, body)
+    engine.submit(task)
+    engine.run_until_idle()
+    assert happened == ["encode", *["forward", "pace"] * 2, "decode"]
+    assert (task.forwards, task.company) == (2, 2)
 
 
 def test_a_task_knows_how_many_pictures_shared_its_forwards(denoiser: Denoiser) -> None:

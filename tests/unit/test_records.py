@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from ipc import messages
 from supervisor.errors import Problem
-from supervisor.jobs import Job
+from supervisor.jobs import Job, Outcome
 from supervisor.preparation import Prepared
 from supervisor.records import Record, Records
 from supervisor.requests import GenerateBody
@@ -63,6 +64,34 @@ def test_a_result_is_kept_then_forgotten_then_unknown(records: Records, clock: C
     assert code_of(lambda: records.find("a")) == "forgotten"
     clock.now = 3 * RETENTION_SECONDS
     assert code_of(lambda: records.find("a")) == "not_found"
+
+
+def test_what_was_answered_to_whoever_waited_is_forgotten_at_once(records: Records) -> None:
+    ended = record("a")
+    records.add(ended)
+    ended.end(0.0, answer=b"{}")
+    records.drop("a")
+    records.drop("a")
+    assert code_of(lambda: records.find("a")) == "forgotten"
+    records.drop("b")
+    assert code_of(lambda: records.find("b")) == "not_found"
+
+
+def test_of_an_answered_job_only_the_answer_is_kept() -> None:
+    held = record("a")
+    message = msgspec.structs.replace(held.job.message, images={"image": [b"given"]})
+    held.job.message = message
+    held.prepared = msgspec.structs.replace(held.prepared, message=message, inputs={"image": "b"})
+    held.body = GenerateBody(parameters={"image": "given"})
+    held.job.pictures[0] = messages.Picture(job="a", index=0, data=b"made")
+    held.job.outcome = Outcome(pictures=[held.job.pictures[0]])
+    held.end(0.0, answer=b"{}")
+    held.let_go()
+    assert held.result() == b"{}"
+    for each in (held.body, held.prepared, held.job.message, held.job.outcome, held.job.pictures):
+        assert "given" not in repr(each)
+        assert "made" not in repr(each)
+    assert held.prepared.inputs == {}
 
 
 def test_a_record_that_ended_badly_raises_what_it_ended_with() -> None:
