@@ -6,6 +6,7 @@ heavy before the environment keeps the model libraries off the network.
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -67,9 +68,14 @@ def main() -> NoReturn:
     logging.getLogger("gpu_worker").setLevel(logging.INFO)  # the supervisor reads standard error
 
     def make_runner(start: Start, send: loop.Send) -> loop.Runner:
+        # Libraries make hundreds of thousands of objects that stay: to look for garbage among them
+        # takes a quarter of the start.
+        gc.disable()
         from gpu_worker.runner import BatchingRunner
 
-        return BatchingRunner(start, send)
+        runner = BatchingRunner(start, send)
+        gc.enable()
+        return runner
 
     run(given, make_runner)
 

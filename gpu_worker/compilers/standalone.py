@@ -62,7 +62,7 @@ class Order:
     """What is to be compiled, as it travels to another process: tensors are given by their looks.
 
     The arguments have one row, or EXAMPLE_ROWS that stand for any number of them up to `max_rows`.
-    `threads` are those of the processor: code for it is of another kind for each number.
+    `threads` are the processor's, for which code differs with their number; 1 for a GPU.
     """
 
     kind: type[Any]
@@ -77,6 +77,7 @@ class Order:
     @classmethod
     def of(cls, module: Any, method: str, layout: Layout, arguments: Arguments) -> "Order":
         """For code that runs such calls on modules that look like this one."""
+        device = next(module.parameters()).device
         return cls(
             kind=type(module),
             config={name: value for name, value in module.config.items() if name[:1] != "_"},
@@ -84,8 +85,8 @@ class Order:
             layout=layout,
             weights={name: _looks(weight) for name, weight in weights_of(module).items()},
             arguments=_example(_prepared(arguments, module, method, layout), layout),
-            device=next(module.parameters()).device,
-            threads=torch.get_num_threads(),
+            device=device,
+            threads=torch.get_num_threads() if device.type == "cpu" else 1,
         )
 
     @property
