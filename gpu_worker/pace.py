@@ -7,11 +7,12 @@ import torch
 
 
 class Pace:
-    """Called after each forward was ordered: returns once the one before it is done.
+    """Called after each step was ordered: returns once the one before it is done.
 
-    So the device always has the next forward at hand, and a job that is cancelled, begins or
-    has priority waits for no more than that. Without it a pipeline that never asks the device
-    for anything orders all of its steps at once. Raises what a failed forward raises.
+    So the device always has the next step at hand, and a job that is cancelled, begins or has
+    priority waits for no more than that and what leads to it. Without it a pipeline that never
+    asks the device for anything orders all of its steps at once. Raises what a failed forward
+    raises.
     """
 
     def __init__(self) -> None:

@@ -99,7 +99,6 @@ class Server:
         everything = [*checkpoint.pipe.components.values(), *parts]
         self._parts = list(interposable(everything))
         self._lay_out(compiler.memory_format)
-        self.full_rate = math.nan
         for module, method in self._parts:
             self._engine.adopt(module, method)
 
@@ -137,6 +136,7 @@ class Server:
         for _ in range(callers):
             begin()
         self._engine.run_until_idle()
+        self.full_rate = math.nan
         if len(full) == 2:
             (begun, before), (over, after) = full
             self.full_rate = (after - before) / begun.seconds_until(over)

@@ -112,7 +112,8 @@ class Arrivals:
             prepared = await to_thread.run_sync(
                 prepare, limiter=self.threads, abandon_on_cancel=True
             )
-        record.prepared, record.job.message = prepared, prepared.message
+        if not record.job.has_ended:
+            record.prepared, record.job.message = prepared, prepared.message
 
     async def _follow(
         self, arrival: Arrival, downloading: MemoryObjectReceiveStream[Loading]

@@ -15,7 +15,7 @@ import msgspec
 from ipc import messages
 from supervisor.errors import Problem
 from supervisor.estimates import Estimates
-from supervisor.placement import JobView, slowdown
+from supervisor.placement import JobView
 from supervisor.states import (
     ENDED_JOB_STATES,
     ImpossibleTransition,
@@ -30,7 +30,7 @@ SECONDS_PER_PRIORITY = 2.0
 GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
-UNFOLLOWED_SECONDS = 5.0
+UNFOLLOWED_SECONDS = 0.25
 """Between two signs of progress where nobody looks: each costs the supervisor a wake-up."""
 
 
@@ -146,7 +146,8 @@ class Job:
             case messages.Picture():
                 if not 0 <= message.index < self.expected_pictures:
                     raise ImpossibleTransition(f"cannot have picture {message.index}")
-                self.pictures[message.index] = message
+                if not self.has_ended:
+                    self.pictures[message.index] = message
             case messages.Preview():
                 self.tell(Preview(message.data))
             case messages.Progress(phase="loading"):
@@ -174,11 +175,13 @@ class Job:
         self.tell(Ended())
 
     def let_go(self) -> None:
-        """Of the pictures, given and made, once it is answered."""
+        """Of the pictures, given and made, once it is answered. One that was given up keeps what
+        it was given: its worker may yet die of it, which is remembered by the whole request."""
         self.pictures.clear()
         if self.outcome is not None:
             self.outcome.pictures.clear()
-        if isinstance(self.message, messages.Generate):
+        given_up = self.state in (JobState.CANCELLED, JobState.EXPIRED)
+        if isinstance(self.message, messages.Generate) and not given_up:
             self.message = msgspec.structs.replace(self.message, images={})
 
     def outcome_of(self, answer: Answered) -> tuple[JobEvent, Outcome]:
@@ -215,12 +218,8 @@ class Job:
         steps = max(self.expected_steps() - self.step, 0)
         return steps * estimates.steps.expected(self.kind)
 
-    def running_seconds(self, estimates: Estimates, jobs: int, now: float) -> float:
-        """Where it is one of so many jobs: the steps that are left, and the swap while that is not
-        over. What was done since its worker last told a step goes by the time."""
-        if self.phase == "denoising":
-            done = (now - self.moved_at) / slowdown(jobs)
-            return max(self.work_seconds(estimates) - done, 0.0)
+    def running_seconds(self, estimates: Estimates) -> float:
+        """Where it runs: the steps that are left, and the swap while that is not over."""
         loading = self.swaps and self.phase in (None, "loading")
         swap = estimates.swaps.expected(self.model) if loading else 0.0
         return swap + self.work_seconds(estimates)

@@ -281,7 +281,7 @@ VARIABLES = (
     Variable("DRAIN_SECONDS", "drain_seconds", _seconds, "seconds",
              "How long running jobs may go on when the server stops.", "30"),
     Variable("JOB_RETENTION_SECONDS", "job_retention_seconds", _seconds, "seconds",
-             "How long results can be asked for.", "600"),
+             "How long results that may be asked for again are kept.", "600"),
     Variable("MAX_BODY_MB", "max_body_bytes", _size(MB, 0.001), "a number of MB (2^20 bytes)",
              "The largest request body.", "64"),
     Variable("MAX_IMAGE_PIXELS", "max_image_pixels", _integer(4096, 1_000_000_000),

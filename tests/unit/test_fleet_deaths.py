@@ -96,15 +96,16 @@ def test_a_segmentation_fault_is_a_suspicion() -> None:
 
 
 def test_a_request_that_is_cancelled_before_it_kills_is_found_out_all_the_same() -> None:
-    fake = FakeFleet(2)
+    fake, bad = FakeFleet(2), {"parameters": {"prompt": "bad"}, "images": {"image": [b"bad"]}}
     for id in ("one", "two"):
-        one = job(id, parameters={"prompt": "bad"})
+        one = job(id, **bad)
         fake.submit(one)
         assert one.worker is not None
         fake.fleet.cancel(one)
+        one.let_go()
         fake.die(one.worker)
     with refused("poison"):
-        fake.submit(job("three", parameters={"prompt": "bad"}))
+        fake.submit(job("three", **bad))
 
 
 def test_a_success_takes_the_suspicion_back() -> None:

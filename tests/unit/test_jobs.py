@@ -15,7 +15,6 @@ from supervisor.jobs import (
     in_order,
     overdue,
 )
-from supervisor.placement import MARGINAL_ROW, slowdown
 from supervisor.states import ImpossibleTransition, JobEvent, JobState
 from tests.tools.fleets import generate, job, model, picture
 
@@ -130,6 +129,36 @@ def test_an_ended_job_tells_nothing_but_its_end() -> None:
     assert one.has_ended
 
 
+def test_an_answered_job_lets_go_of_its_pictures() -> None:
+    one, _ = started(images={"image": [b"given"]})
+    one.moved(picture("job"), 2.0)
+    one.ended(*one.outcome_of(m.Finished(job="job")))
+    assert one.outcome is not None
+    assert len(one.outcome.pictures) == 1
+    one.let_go()
+    assert one.message == generate("job")
+    assert (one.pictures, one.outcome.pictures) == ({}, [])
+
+
+@pytest.mark.parametrize("event", [JobEvent.CANCELLED, JobEvent.EXPIRED])
+def test_a_job_that_was_given_up_keeps_what_it_was_given_and_takes_no_picture(
+    event: JobEvent,
+) -> None:
+    one, _ = started(images={"image": [b"given"]})
+    one.moved(picture("job"), 2.0)
+    one.ended(event, Outcome())
+    one.let_go()
+    one.moved(picture("job"), 3.0)
+    assert one.message == generate("job", images={"image": [b"given"]})
+    assert one.pictures == {}
+
+
+def test_a_job_that_makes_no_picture_has_none_to_let_go_of() -> None:
+    load = Job("load", m.Load(job="load", checkpoint=model()), 0, 9)
+    load.let_go()
+    assert load.message == m.Load(job="load", checkpoint=model())
+
+
 @pytest.mark.parametrize(
     ("answer", "event", "code"),
     [
@@ -189,24 +218,11 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert one.running_seconds(measured(), jobs=1, now=2.0) == 3 + 5
+    assert one.running_seconds(measured()) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert one.running_seconds(measured(), jobs=1, now=2.0) == 3 + 5
+    assert one.running_seconds(measured()) == 3 + 5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured(), jobs=1, now=2.0) == 4.5
-
-
-@pytest.mark.parametrize(("jobs", "seconds"), [(1, 3.5), (4, 1.0 + MARGINAL_ROW * 3)])
-def test_steps_that_were_not_told_yet_go_by_the_time(jobs: int, seconds: float) -> None:
-    one, _ = started()
-    one.moved(progress("denoising", 1, 10), 2.0)
-    left = 4.5 - seconds / slowdown(jobs)
-    assert one.running_seconds(measured(), jobs, now=2.0 + seconds) == pytest.approx(left)
-    one.moved(progress("denoising", 4, 10), 2.0 + seconds)
-    assert one.running_seconds(measured(), jobs, now=2.0 + seconds) == 3.0
-    assert one.running_seconds(measured(), jobs, now=90.0) == 0.0
-    one.moved(progress("decoding", 10, 10), 90.0)
-    assert one.running_seconds(measured(), jobs, now=90.0) == 0.0
+    assert one.running_seconds(measured()) == 4.5
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:
