@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from gpu_worker.batching import Arguments, NotBatchFirst, count_rows
 from gpu_worker.compilers import Function, shape_key, worth_compiling
-from gpu_worker.compilers.standalone import MAX_ROWS, Code, Order, compile_into
+from gpu_worker.compilers.compilation import compile_into
+from gpu_worker.compilers.standalone import MAX_ROWS, Code, Order
 from gpu_worker.interposer import Target
 from gpu_worker.slots import signature
 
@@ -135,26 +136,32 @@ class Inductor:
             self._codes[key] = self._loaders.submit(self._obtained, order, folder)
 
     def _obtained(self, order: Order, folder: Path) -> Code:
-        """On a thread of its own: no other worker makes the same meanwhile."""
+        """On a thread of its own: no other worker makes the same meanwhile; several may load it."""
         try:
-            with _alone_with(folder):
-                return self._found(order, folder) or self._made(order, folder)
+            with _locked(folder, fcntl.LOCK_SH), suppress(Exception):
+                return self._found(order, folder)
+            with _locked(folder, fcntl.LOCK_EX):
+                return self._found_or_removed(order, folder) or self._made(order, folder)
         except Exception as error:
             log.warning("cannot compile %s: %s", order.name, error)
             raise
 
-    def _found(self, order: Order, folder: Path) -> Code | None:
+    def _found(self, order: Order, folder: Path) -> Code:
+        """Raises FileNotFoundError, or whatever is wrong with the code."""
+        began = time.monotonic()
+        code = Code(folder, order)
+        log.info("loaded code of %s in %.1f s", order.name, time.monotonic() - began)
+        return code
+
+    def _found_or_removed(self, order: Order, folder: Path) -> Code | None:
         if not folder.exists():
             return None
-        began = time.monotonic()
         try:
-            code = Code(folder, order)
+            return self._found(order, folder)
         except Exception as error:
             log.warning("cannot load code of %s, which is made anew: %s", order.name, error)
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        log.info("loaded code of %s in %.1f s", order.name, time.monotonic() - began)
-        return code
 
     def _made(self, order: Order, folder: Path) -> Code:
         log.info("compiling %s", order.name)
@@ -185,9 +192,9 @@ def _has_room(module: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def _alone_with(folder: Path) -> Iterator[None]:
-    """Waits while another process has this folder to itself."""
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Waits while another process has this folder to itself, or, to have it so, while any reads."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
         yield

@@ -1,5 +1,6 @@
 """Compilers on the CPU: what is compiled computes the same, and nobody waits for it."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from gpu_worker.batching import Layout
 from gpu_worker.compilers import CannotCompile, build, shape_key
 from gpu_worker.compilers.inductor import CALLS_BEFORE, Compiled, Inductor
 from gpu_worker.compilers.none import Uncompiled
-from gpu_worker.compilers.standalone import MAX_ROWS
+from gpu_worker.compilers.standalone import MAX_ROWS, Order
 from gpu_worker.interposer import Target
 
 LAYOUT = Layout("sample", scalars=frozenset({"timestep"}))
@@ -130,6 +131,24 @@ def test_workers_of_one_host_compile_once(tmp_path: Path, caplog: pytest.LogCapt
         *["compiled Denoiser.forward", "compiling Denoiser.forward"],
         *["loaded code of Denoiser.forward"] * 2,
     ]
+
+
+def test_workers_load_side_by_side_and_what_a_killed_compilation_left_is_no_hindrance(
+    tmp_path: Path,
+) -> None:
+    module, kwargs = Denoiser(12), call(2, 12)
+    wanted, earlier = target(module), Inductor(tmp_path, torch.device("cpu"))
+    order = Order.of(module, "forward", LAYOUT, kwargs)
+    left = tmp_path / f"code-{order.digest}.tmp"
+    (left / "code").mkdir(parents=True)
+    warmed(earlier, wanted, kwargs)
+    assert not left.exists()
+    later = Inductor(tmp_path, torch.device("cpu"))
+    with open(tmp_path / f"code-{order.digest}.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)  # as another worker that loads
+        later.run(wanted, (), kwargs)
+        later.wait()
+    assert isinstance(later.function(wanted, (), kwargs), Compiled)
 
 
 def test_code_that_cannot_be_loaded_is_made_anew(
