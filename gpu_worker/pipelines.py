@@ -165,6 +165,7 @@ def built(kind: type[Any], checkpoint: Model, parts: Mapping[str, Any]) -> Any:
             detail = f"cannot run {kind.__name__} on {checkpoint.name!r}: it has no {name}"
             raise Refusal("incompatible_model", detail, "checkpoint")
     try:
+        # A class can be hashed, which mypy does not know of type[Any].
         return settled(kind, device_of(chosen.values()))(**chosen)  # type: ignore[arg-type]
     except COMPLAINTS as error:
         detail = f"cannot run {kind.__name__} on {checkpoint.name!r}: its parts do not fit"

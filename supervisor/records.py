@@ -131,8 +131,7 @@ class Records:
         now, limit = self._now(), self._retention_seconds
         for id, record in _while(self._records, lambda each: now - each.accepted_at >= limit):
             if self._is_over(record):
-                del self._records[id]
-                self._forgotten[id] = now
+                self.drop(id)
         for id, _ in _while(self._forgotten, lambda at: now - at >= limit + 60):
             del self._forgotten[id]
         for key, claim in _while(self._claims, lambda each: now - each.at >= limit):

@@ -20,14 +20,14 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map, treespec_dumps
 
-from gpu_worker.batching import Arguments
+from gpu_worker.batching import Arguments, Layout
 from gpu_worker.compilers.standalone import (
     CODE,
     EXAMPLE_ROWS,
+    MAX_ROWS,
     RESULTS,
     Like,
     Order,
-    max_rows,
 )
 
 MAX_COMPILE_THREADS = 8
@@ -50,7 +50,7 @@ def compile_into(folder: Path, order: Order, parent: int) -> float:
     torch.set_num_threads(order.threads)
     with torch.no_grad():
         program = _exported(order)
-        most = min(max_rows(order.layout), MAX_ELEMENTS // _elements_of_a_row(program))
+        most = min(_max_rows(order.layout), MAX_ELEMENTS // _elements_of_a_row(program))
         if most < EXAMPLE_ROWS:
             raise ValueError("its tensors are too large")
         code = _compiled(program.graph_module)
@@ -140,13 +140,17 @@ def _compiled(graph: torch.fx.GraphModule) -> CompiledArtifact:
     )
 
 
+def _max_rows(layout: Layout) -> int:
+    return layout.max_rows or MAX_ROWS
+
+
 def _made(leaf: Any, order: Order) -> Any:
     return leaf.empty(order.device) if isinstance(leaf, Like) else leaf
 
 
 def _dynamic(order: Order) -> dict[str, Any]:
     """For each argument, which of its dimensions counts the rows."""
-    rows = torch.export.Dim("rows", min=2, max=max_rows(order.layout))
+    rows = torch.export.Dim("rows", min=2, max=_max_rows(order.layout))
     is_lone = order.arguments[order.layout.rows].shape[0] == 1
 
     def dimensions(leaf: Any) -> Any:

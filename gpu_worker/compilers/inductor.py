@@ -73,7 +73,8 @@ class Inductor:
         self._architectures: WeakKeyDictionary[Any, Hashable] = WeakKeyDictionary()
 
     def function(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
-        key = None if args or not worth_compiling(target) else self._key(target, kwargs)
+        rows = 0 if args or not worth_compiling(target) else _rows(target, kwargs)
+        key = self._key(target, kwargs) if 0 < rows <= MAX_ROWS else None
         if key is None:
             return target.run
         code = self._codes.get(key)
@@ -83,7 +84,7 @@ class Inductor:
         if not code.done() or code.exception() is not None:
             return target.run
         ready = code.result()
-        fits = _rows(target, kwargs) <= ready.max_rows and ready.fits(target.module)
+        fits = rows <= ready.max_rows and ready.fits(target.module)
         return Compiled(target, ready) if fits else target.run
 
     def run(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,8 +114,6 @@ class Inductor:
         if shape is None or module.training or not hasattr(module, "from_config"):
             return None
         if getattr(module, "use_tiling", False) or getattr(module, "use_slicing", False):
-            return None
-        if not 0 < _rows(target, kwargs) <= MAX_ROWS:
             return None
         if module not in self._architectures:
             dtype = next(module.parameters()).dtype

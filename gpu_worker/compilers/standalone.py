@@ -99,10 +99,6 @@ def _told(layout: Layout) -> dict[str, Any]:
     return {name: sorted(v) if isinstance(v, frozenset) else v for name, v in told}
 
 
-def max_rows(layout: Layout) -> int:
-    return layout.max_rows or MAX_ROWS
-
-
 def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | dict(module.named_buffers())
 

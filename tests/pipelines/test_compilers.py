@@ -42,7 +42,7 @@ class Decoder(Denoiser):
         return torch.cos(self.layer(z))
 
 
-class SamplingDecoder(Denoiser):
+class SamplingDecoder(Decoder):
     def decode(self, z: torch.Tensor, generator: object = None) -> torch.Tensor:
         return torch.tanh(self.layer(z))
 
