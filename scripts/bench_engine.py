@@ -38,6 +38,7 @@ SCHEDULERS = [
     ("EulerAncestralDiscreteScheduler", {}),
     ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 ]
+DEMO = Path(__file__).resolve().parent.parent / "gpu_worker/demo/checkpoint"
 TINY_BLOCKS = {"block_out_channels": (16, 32), "norm_num_groups": 8, "attention_head_dim": 4}
 UNETS: Mapping[str, dict[str, Any]] = true_architectures.UNETS | {
     "tiny_sd15": TINY_BLOCKS
@@ -84,8 +85,18 @@ class Checkpoint:
                 norm_num_groups=4,
                 latent_channels=4,
             ).to(dtype)
+        return cls._of(name, unet, vae)
+
+    @classmethod
+    def demo(cls, device: torch.device) -> "Checkpoint":
+        """The trained one that comes along."""
+        pipe = diffusers.DiffusionPipeline.from_pretrained(DEMO).to(device)
+        return cls._of("demo", pipe.unet, pipe.vae)
+
+    @classmethod
+    def _of(cls, name: str, unet: Any, vae: Any) -> "Checkpoint":
         parts = {"unet": unet, "vae": vae, "text_encoder": None, "tokenizer": None}
-        return cls(name, pipeline(name, parts, SCHEDULERS[0]), dtype)
+        return cls(name, pipeline(name, parts, SCHEDULERS[0]), unet.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +165,7 @@ class Job:
             return values.to(self.checkpoint.device, self.checkpoint.dtype)
 
         name = self.checkpoint.name
-        width = UNETS[name]["cross_attention_dim"]
+        width = self.checkpoint.pipe.unet.config.cross_attention_dim
         given = {
             "prompt_embeds": drawn(1, 77, width),
             "negative_prompt_embeds": drawn(1, 77, width),
