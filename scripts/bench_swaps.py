@@ -23,8 +23,17 @@ from gpu_worker.interposer import LAYOUTS, Target
 from gpu_worker.library import Library
 from gpu_worker.lora_files import Factors, Lora, pinned
 from ipc.messages import Model
-from scripts.bench_engine import BETAS, POOLED, UNETS, Checkpoint, Job, as_served, jobs_of
-from scripts.bench_stages import SIZES, Results, synchronize, true_vae
+from scripts.bench_engine import (
+    BETAS,
+    POOLED,
+    UNETS,
+    Checkpoint,
+    Job,
+    as_served,
+    jobs_of,
+    synchronize,
+)
+from scripts.bench_rig import SIZES, Results, true_vae
 
 SWAPS = 200
 RANK = 16
