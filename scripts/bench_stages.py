@@ -21,9 +21,8 @@ from gpu_worker.compilers.cuda_graph import CudaGraphs
 from gpu_worker.compilers.inductor import Inductor
 from gpu_worker.compilers.none import Uncompiled
 from gpu_worker.device import quiet_libraries
-from gpu_worker.interposer import LAYOUTS, Target
-from gpu_worker.slots import lay_out
 from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
+from scripts.bench_modules import decoder, text_encoders
 from scripts.bench_rig import (
     SIZES,
     STARTED,
@@ -33,10 +32,8 @@ from scripts.bench_rig import (
     device_of,
     is_compiling,
     lone_jobs,
-    psnr,
     rate,
     timed,
-    true_vae,
     wait_for,
     worst_psnr,
 )
@@ -96,6 +93,7 @@ def architecture(results: Results, name: str, device: torch.device, work: Path) 
             server.close()
     if not is_demo:
         decoder(results, name, device, work)
+        text_encoders(results, name, device)
 
 
 def served(
@@ -172,29 +170,6 @@ def profile(
                     if rows == 2 else "")  # fmt: skip
     pool = graphs.pool_bytes / 2**30
     results.add(f"{label} graphs", f"{graphs.graphs} graphs", note=f"pool {pool:.2f} GB")
-
-
-def decoder(results: Results, name: str, device: torch.device, work: Path) -> None:
-    dtype = torch.float16 if device.type == "cuda" and "xl" not in name else torch.float32
-    vae = true_vae(name, device).to(dtype)
-    latents = torch.randn(1, 4, SIZES[name] // 8, SIZES[name] // 8, device=device, dtype=dtype)
-    target = Target(vae, "decode", LAYOUTS[("AutoencoderKL", "decode")])
-    kwargs = {"z": latents, "return_dict": False}
-    inductor = Inductor(work / "inductor", device)
-    expected = target.run(**kwargs)[0]
-    base, _ = timed(lambda: [target.run(**kwargs) for _ in range(5)])
-    lay_out(vae, inductor.memory_format)
-    for _ in range(5):
-        inductor.run(target, (), kwargs)
-    began = time.monotonic()
-    inductor.wait()
-    took = time.monotonic() - began
-    made = inductor.run(target, (), kwargs)[0]
-    seconds, _ = timed(lambda: [inductor.run(target, (), kwargs) for _ in range(5)])
-    results.add(f"{name} decoder, compiled", f"{seconds / 5 * 1000:.1f} ms", base / seconds, "",
-                f"stock {base / 5 * 1000:.1f} ms, {psnr(made, expected):.1f} dB, "
-                f"compiled in {took:.1f} s, "
-                f"{str(dtype).removeprefix('torch.')}")  # fmt: skip
 
 
 def compile_only(results: Results, name: str, device: torch.device, work: Path) -> None:

@@ -220,7 +220,7 @@ VARIABLES = (
     Variable("CONFIG_DIR", "config_dir", _path, "a folder",
              "Configurations of families, for single files that MODEL_DIR/configs has none for."),
     Variable("CUDA_GRAPH", "cuda_graph", _boolean, _boolean_words,
-             "Capture CUDA graphs of the denoisers.", "false"),
+             "Capture CUDA graphs of denoisers, ControlNets and text encoders.", "false"),
     Variable("LOAD_SAFETY_CHECKER", "load_safety_checker", _boolean, _boolean_words,
              "Check pictures unless a request says otherwise.", "false"),
     Variable("HOST", "host", _ascii_word, "an address, or * for all of IPv4 and IPv6",

@@ -1,4 +1,5 @@
-"""CUDA graphs of denoisers, one per module, shape and number of rows, over any compiler.
+"""CUDA graphs of denoisers, ControlNets and text encoders, one per module, shape and number of
+rows, over any compiler.
 
 A graph reads its weights where they lie, so it stays valid while checkpoints and LoRAs
 are exchanged in place. All graphs share one pool of memory: they run one at a time, and
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from gpu_worker.compilers import BUCKETS, Compiler, Function, shape_key, worth_compiling
+from gpu_worker.compilers import BUCKETS, Compiler, Function, shape_key
 from gpu_worker.failures import is_device_failure
 from gpu_worker.interposer import Target
 
@@ -119,7 +120,7 @@ class CudaGraphs:
 
     def _key(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """None for what is not captured: decoders would gain nothing and fill the pool."""
-        if args or target.method != "forward" or not worth_compiling(target):
+        if args or target.method != "forward" or target.layout is None:
             return None
         leaves = tree_leaves(kwargs)
         if any(leaf.device != self._device for leaf in leaves if isinstance(leaf, torch.Tensor)):

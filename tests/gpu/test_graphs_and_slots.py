@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from gpu_worker.adapters import AdapterState
 from gpu_worker.compilers.cuda_graph import CudaGraphs
@@ -75,6 +76,50 @@ def test_a_graph_gives_the_numbers_of_whichever_checkpoint_is_in_its_slot(
     assert not torch.equal(first, second)
     assert library.checkpoint(models[0]).parts["unet"] is unet
     assert torch.equal(graphs.run(wanted, (), kwargs)[0], first)
+
+
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_a_text_encoders_graph_follows_its_checkpoint_too(
+    library: Library, models: list[Model], hidden_states: bool
+) -> None:
+    graphs = CudaGraphs(Uncompiled(), torch.device(DEVICE))
+    encoder = library.checkpoint(models[0]).parts["text_encoder"]
+    wanted, kwargs = text_target(encoder), prompt(encoder, hidden_states)
+    results = [graphs.run(wanted, (), kwargs) for _ in range(3)]
+    assert graphs.graphs == 1
+    assert same(results[2], encoder(**kwargs))
+    assert library.checkpoint(models[1]).parts["text_encoder"] is encoder
+    other = graphs.run(wanted, (), kwargs)
+    assert same(other, encoder(**kwargs))
+    assert not same(other, results[2])
+
+
+def test_a_call_that_waits_for_the_device_runs_without_a_graph(
+    library: Library, models: list[Model]
+) -> None:
+    graphs = CudaGraphs(Uncompiled(), torch.device(DEVICE))
+    encoder = library.checkpoint(models[0]).parts["text_encoder"]
+    wanted, plain = text_target(encoder), prompt(encoder)
+    # Transformers looks whether all of a mask is true.
+    masked = plain | {"attention_mask": torch.ones_like(plain["input_ids"])}
+    for kwargs, captured in ((masked, 0), (plain, 1), (masked, 1)):
+        results = [graphs.run(wanted, (), kwargs) for _ in range(3)]
+        assert all(same(each, encoder(**kwargs)) for each in results)
+        assert graphs.graphs == captured
+
+
+def text_target(encoder: Any) -> Target:
+    return Target(encoder, "forward", LAYOUTS[("CLIPTextModel", "forward")])
+
+
+def prompt(encoder: Any, hidden_states: bool = False) -> dict[str, Any]:
+    ids = torch.randint(0, encoder.config.vocab_size, (1, 77), device=DEVICE)
+    return {"input_ids": ids} | ({"output_hidden_states": True} if hidden_states else {})
+
+
+def same(one: Any, other: Any) -> bool:
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return type(one) is type(other) and all(torch.equal(*pair) for pair in pairs)
 
 
 class Renewed(Uncompiled):
