@@ -14,7 +14,7 @@ from torch import nn
 
 from gpu_worker.failures import Refusal
 from gpu_worker.lora_files import Factors, Lora
-from gpu_worker.transfer import settle
+from gpu_worker.transfer import fill, settle
 
 Place = tuple[str, str]
 """A module of the pipeline and a layer in it: `("unet", "mid_block.attentions.0.proj_in")`."""
@@ -92,6 +92,7 @@ class AdapterState:
     @torch.no_grad()
     def _write(self, wanted: Mapping[Place, list[tuple[Factors, float]]]) -> None:
         devices = set[torch.device]()
+        restored: list[tuple[torch.Tensor, torch.Tensor]] = []
         for place in [*self._originals, *(new for new in wanted if new not in self._originals)]:
             weight = _layer(self.modules[place[0]], place[1]).weight
             devices.add(weight.device)
@@ -99,8 +100,9 @@ class AdapterState:
             if place in wanted:
                 weight.copy_(_sum(original, wanted[place], weight.device))
             else:
-                weight.copy_(original, non_blocking=True)
+                restored.append((weight, original))
                 del self._originals[place]
+        fill([weight for weight, _ in restored], [original for _, original in restored])
         settle(devices)
 
     def _original(self, place: Place, weight: torch.Tensor) -> torch.Tensor:

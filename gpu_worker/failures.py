@@ -38,7 +38,15 @@ class Refusal(Exception):
 
 
 class MemoryShort(Exception):
-    """The job needs more of the device's memory than it may have."""
+    """The job needs more of the device's memory than it may have.
+
+    `in_the_way` are the paths of checkpoints that leave enough once no job uses them; empty
+    where that takes more than their end.
+    """
+
+    def __init__(self, detail: str, in_the_way: tuple[str, ...] = ()) -> None:
+        super().__init__(detail)
+        self.in_the_way = in_the_way
 
 
 class JobCancelled(Exception):

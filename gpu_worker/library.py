@@ -153,12 +153,23 @@ class Library:
                 self._modules.free()  # what was dropped for it has nobody to go to
                 raise MemoryShort(
                     f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
-                    f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights"
+                    f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights",
+                    self._in_the_way(self._budgeted_bytes() + size - self.budget_bytes),
                 )
             oldest = min(idle, key=lambda holding: holding.last_used)
             self._modules.spare(oldest.parts)
             self._drop(oldest)
             self._changed()
+
+    def _in_the_way(self, size: int) -> tuple[str, ...]:
+        """As many checkpoints as have so many bytes, those with the fewest jobs first."""
+        paths, left = [], size
+        checkpoints = [held for held in self._held.values() if held.kind == "checkpoint"]
+        for holding in sorted(checkpoints, key=lambda each: each.users):
+            if left > 0:
+                paths.append(holding.model.path)
+                left -= holding.bytes
+        return () if left > 0 else tuple(paths)
 
     def held_bytes(self) -> int:
         """Of all modules' tensors: their types may be wider than their files are counted by."""

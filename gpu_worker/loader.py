@@ -14,7 +14,8 @@ from gpu_worker.library import Library
 from gpu_worker.models import Models
 
 Result = TypeVar("Result")
-Nothing = Callable[[], None]
+PutOff = Callable[[tuple[str, ...]], None]
+"""Is told which checkpoints are in the way, by their paths."""
 
 
 @dataclass(eq=False)
@@ -30,7 +31,7 @@ class Request:
     """`read` loads models; `put_off` is called when they have to wait for room."""
 
     read: Callable[[], Models]
-    put_off: Nothing
+    put_off: PutOff
     future: "Future[Held]" = field(default_factory=Future)
 
 
@@ -52,7 +53,7 @@ class Loader:
         """Runs a function on the library's thread."""
         return self._thread.submit(function)
 
-    def hold(self, read: Callable[[], Models], put_off: Nothing) -> "Future[Held]":
+    def hold(self, read: Callable[[], Models], put_off: PutOff) -> "Future[Held]":
         """Loads models and keeps them. Whoever gets or drops the future gives them back."""
         request = Request(read, put_off)
         self._thread.submit(self._attempt, request)
@@ -70,7 +71,7 @@ class Loader:
             held = self._read(request)
         except MemoryShort as error:
             if self._held:
-                request.put_off()
+                request.put_off(error.in_the_way)
                 self._put_off.append(request)
             else:
                 _settle(request.future, error)

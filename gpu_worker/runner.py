@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -154,12 +154,12 @@ class BatchingRunner:
 
     def _picture(self, job: Job, work: Generate, index: int, task: Task) -> Made:
         """The body of a task: from loading to pixels."""
-        alone = task.alone
+        alone, claims = task.alone, task.claims
         read = partial(adapted, work, self._loader.library, job.check)
         held = self._hold(job, task, read)
         try:
             wanted = self._engine.wait_for(held).models
-            task.alone = alone
+            task.alone, task.claims = alone, claims
             call = job.prepared(partial(pipelines.prepare, work), wanted, index)
             self._adopt(call, wanted)
             job.progress = job.progress or self._progress(job, work, wanted)
@@ -170,11 +170,12 @@ class BatchingRunner:
             self._loader.give_back(held)
 
     def _hold(self, job: Job, task: Task, read: Callable[[], Models]) -> "Future[Held]":
-        """The models that a task needs. While they wait for room, no other task begins."""
+        """The models that a task needs. While they wait for room, no other task begins with
+        what is in the way."""
         if not job.told:
             job.told = True
             self._send(Progress(job=job.id, phase="loading"))
-        return self._loader.hold(read, put_off=partial(setattr, task, "alone", True))
+        return self._loader.hold(read, partial(wait_for_room, task, task.claims))
 
     def _adopt(self, call: PreparedCall, wanted: Models) -> None:
         parts = [call.base.pipeline.components]
@@ -280,6 +281,15 @@ def claims(work: Generate) -> dict[Hashable, Hashable]:
         claimed[work.refiner.checkpoint.path] = ()
     claimed[work.checkpoint.path] = loras
     return claimed
+
+
+def wait_for_room(
+    task: Task, claims: Mapping[Hashable, Hashable], in_the_way: tuple[str, ...]
+) -> None:
+    """Keeps others from beginning with checkpoints that have to go, so that their last job ends;
+    or from beginning at all. Called on the loader's thread."""
+    task.claims = {**claims, **{path: object() for path in in_the_way}}
+    task.alone = task.alone or not in_the_way
 
 
 def adapted(work: Generate, library: Library, check: Callable[[], None]) -> Models:

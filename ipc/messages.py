@@ -13,6 +13,7 @@ import msgspec
 PROTOCOL_VERSION = 1
 
 Family = Literal["sd15", "sd21", "sdxl", "sdxl_refiner", "other"]
+Tier = Literal["device", "host"]
 Phase = Literal["loading", "encoding", "denoising", "decoding"]
 OutputFormat = Literal["jpeg", "png", "webp"]
 
@@ -79,7 +80,7 @@ class Resident(Struct, frozen=True, kw_only=True):
     family: Family
     vae: str | None
     loras: list[str]
-    tier: Literal["device", "host"]
+    tier: Tier
     bytes: int
     last_used: float
 

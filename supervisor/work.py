@@ -175,7 +175,7 @@ class Work:
         if not worker.running:
             worker.moved_at = now
         self._served_at[job.caller] = now
-        job.dispatched(worker.id, now, swaps=not worker.holds(job.model))
+        job.dispatched(worker.id, now, swaps=job.model not in worker.resident)
         worker.running[job.id] = job
         # Well within the time after which a worker that is quiet counts as hanging.
         longest_pace = self._settings.step_timeout_seconds / 4

@@ -115,7 +115,14 @@ class Worker:
         self.failed_starts = 0 if self.was_ready else self.failed_starts + 1
 
     def holds(self, path: str) -> bool:
+        """On its device, or mapped for it on the host."""
         return any(model.path == path for model in self.models)
+
+    @property
+    def resident(self) -> frozenset[str]:
+        """What a job needs no swap for: models on its device, and those that its jobs load."""
+        there = (model.path for model in self.models if model.tier == "device")
+        return frozenset((*there, *(job.model for job in self.running.values())))
 
     def stalled(self, settings: Settings, launching: bool, now: float) -> str | None:
         """What took longer than it may, in words; None when all goes on."""
@@ -158,7 +165,7 @@ class Worker:
             capacity=self.capacity,
             running_seconds=tuple(job.running_seconds(estimates) for job in self.running.values()),
             exclusive=any(job.alone for job in self.running.values()),
-            resident=frozenset(model.path for model in self.models),
+            resident=self.resident,
         )
 
 

@@ -131,6 +131,33 @@ def test_models_that_do_not_fit_together_take_turns(tiny_models: Path, tmp_path:
     assert all(isinstance(end, m.Finished) for end in ends(received).values())
 
 
+def test_a_job_that_waits_for_room_holds_up_nobody_but_who_wants_what_is_in_its_way(
+    tiny_models: Path, tmp_path: Path
+) -> None:
+    names = ("wanted", "idling", "third")
+    for name in names:
+        shutil.copytree(tiny_models / "sd15", tmp_path / name)
+    wanted, idling, third = (model(tmp_path / name) for name in names)
+    files = (tmp_path / "wanted").rglob("*.safetensors")
+    for_two = int(2.5 * sum(file.stat().st_size for file in files))
+    start = m.Start(protocol=m.PROTOCOL_VERSION, device="cpu", device_memory_bytes=for_two)
+    with WorkerClient(start=start) as client:
+        client.ready()
+        for name, checkpoint in (("one", wanted), ("two", wanted), ("last", idling)):
+            client.send(job(name, checkpoint, parameters=ENDLESS))
+            until_denoising(client, name)
+        client.send(job("waiting", third))
+        until_denoising(client, "last")
+        client.send(job("behind", idling))
+        client.send(job("beside", wanted))
+        received = until_ended(client, {"beside"})
+        assert list(ends(received)) == ["beside"]
+        client.send(m.Cancel(job="last"))
+        received = until_ended(client, {"waiting", "behind"})
+        assert list(ends(received)) == ["last", "waiting", "behind"]
+        assert isinstance(ends(received)["behind"], m.Finished)
+
+
 def test_a_job_can_be_cancelled_while_it_waits_for_room(tiny_models: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         shutil.copytree(tiny_models / "sd15", tmp_path / name)

@@ -1,8 +1,8 @@
 """The real worker, with a fault that only an operator of tests can provoke.
 
-When the file named by IGI_ASSERT_FILE appears, the next text encoder to run, on whichever
-worker takes the file away first, breaks its device: on a GPU by a kernel's own assertion,
-after which no call of the process's CUDA context works; on a CPU an error that looks like it.
+When the file named by IGI_ASSERT_FILE appears, the next forward, on whichever worker takes
+the file away first, breaks its device: on a GPU by a kernel's own assertion, after which no
+call of the process's CUDA context works; on a CPU an error that looks like it.
 """
 
 import functools
@@ -36,18 +36,18 @@ def break_device(device: Any) -> None:
 
 
 def make_breakable(file: Path) -> None:
-    """Text encoders are never compiled or captured, so their forward runs as it is written."""
-    from transformers import CLIPTextModel
+    """Before the engine runs a forward, so that it is no part of a graph or of compiled code."""
+    from gpu_worker.forwards import Call, Forwards
 
-    original = CLIPTextModel.forward
+    original = Forwards._executed
 
     @functools.wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def executed(self: Forwards, call: Call, *rest: Any) -> Any:
         if is_due(file):
-            break_device(self.device)
-        return original(self, *args, **kwargs)
+            break_device(next(call.target.module.parameters()).device)
+        return original(self, call, *rest)
 
-    CLIPTextModel.forward = forward
+    setattr(Forwards, "_executed", executed)  # noqa: B010 - a method is not assigned to
 
 
 if __name__ == "__main__":

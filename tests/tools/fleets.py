@@ -37,9 +37,9 @@ def job(id: str = "job", now: float = 0.0, deadline: float = 1e9, **changes: Any
     return Job(id, generate(id, **changes), now, deadline, **own)
 
 
-def resident(name: str = "cat") -> m.Resident:
+def resident(name: str = "cat", tier: m.Tier = "device") -> m.Resident:
     return m.Resident(checkpoint=name, path=f"/models/{name}", family="sd15", vae=None,
-                      loras=[], tier="device", bytes=1, last_used=0.0)  # fmt: skip
+                      loras=[], tier=tier, bytes=1, last_used=0.0)  # fmt: skip
 
 
 def picture(id: str, index: int = 0) -> m.Picture:
@@ -98,8 +98,8 @@ class FakeFleet:
                           capacity=self.capacity)  # fmt: skip
         self.fleet.received(worker, message)
 
-    def hold(self, id: int, *names: str) -> None:
-        models = [resident(name) for name in names]
+    def hold(self, id: int, *names: str, tier: m.Tier = "device") -> None:
+        models = [resident(name, tier) for name in names]
         self.fleet.received(self.worker(id), m.Residency(models=models, memory=MEMORY))
 
     def submit(self, *jobs: Job) -> None:

@@ -195,6 +195,17 @@ def test_a_job_behind_many_is_still_taken_when_several_workers_share_them() -> N
     fake.submit(job("fits", deadline=35))  # 50 s in all, 25 s on each
 
 
+def test_a_job_goes_where_its_model_is_on_the_device_or_will_be() -> None:
+    fake = FakeFleet(3, capacity=2)
+    fake.hold(1, "dog", tier="host")
+    fake.hold(2, "dog")
+    one, two, behind = job("one", checkpoint="dog"), job("two"), job("behind")
+    fake.submit(one, two, behind)
+    assert fake.running(2) == ["one"]
+    assert fake.running(0) == ["two", "behind"]
+    assert [each.swaps for each in (one, two, behind)] == [False, True, False]
+
+
 def test_a_guess_refuses_nobody() -> None:
     fake = FakeFleet(1)
     fake.submit(job("hopeless", deadline=0.001))
