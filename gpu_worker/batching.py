@@ -112,9 +112,9 @@ def merge(
     for name, value in calls[0].items():
         values = [call[name] for call in calls]
         if name in layout.scalars and value is not None:
-            device = calls[0][layout.rows].device
-            values = [_vector(*pair, device) for pair in zip(values, rows, strict=True)]
-        merged[name] = value if name in layout.rowless else concatenate(values, padding)
+            merged[name] = _vector(values, rows, padding, calls[0][layout.rows].device)
+        else:
+            merged[name] = value if name in layout.rowless else concatenate(values, padding)
     return merged
 
 
@@ -130,9 +130,16 @@ def with_scalars_sent(arguments: Arguments, layout: Layout) -> Arguments:
     }
 
 
-def _vector(scalar: Any, rows: int, device: torch.device) -> torch.Tensor:
-    vector = sent(torch.as_tensor(scalar, dtype=torch.float32).reshape(-1), device)
-    return vector.expand(rows) if vector.shape[0] == 1 else vector
+def _vector(
+    scalars: Sequence[Any], rows: Sequence[int], padding: int, device: torch.device
+) -> torch.Tensor:
+    """An entry a row; what lies on the host is sent in one piece."""
+    parts = [torch.as_tensor(scalar, dtype=torch.float32).reshape(-1) for scalar in scalars]
+    if len({part.device for part in parts}) > 1:
+        parts = [sent(part, device) for part in parts]
+    pairs = zip(parts, rows, strict=True)
+    spread = [part.expand(count) if part.shape[0] == 1 else part for part, count in pairs]
+    return sent(concatenate(spread, padding), device)
 
 
 def concatenate(values: Sequence[Any], padding: int = 0) -> Any:

@@ -11,7 +11,7 @@ from gpu_worker.library import Library
 from gpu_worker.lora_files import Lora
 from gpu_worker.reader import Nothing
 from gpu_worker.vaes import pipeline_upcasts
-from ipc.messages import Generate, Model
+from ipc.messages import Generate, Load, Model
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,21 @@ class Models:
         singles = (self.checkpoint, self.vae, self.safety_checker, self.refiner)
         yield from (holding for holding in singles if holding is not None)
         yield from self.controlnets
+
+
+def adapted(work: Generate, library: Library, step: Nothing) -> Models:
+    """A request's models, with its LoRAs in the checkpoint; raises what `load` does."""
+    wanted = load(work, library, step)
+    library.adapt(wanted.checkpoint, wanted.loras)
+    return wanted
+
+
+def loaded(work: Load, library: Library, step: Nothing) -> Models:
+    """A checkpoint that is to be held, and the VAE for it; raises what `load` does."""
+    checkpoint = library.checkpoint(work.checkpoint, step)
+    with library.use(checkpoint):
+        vae = None if work.vae is None else load_vae(work.vae, library, checkpoint)
+    return Models(checkpoint, vae)
 
 
 def load(request: Generate, library: Library, step: Nothing) -> Models:

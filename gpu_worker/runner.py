@@ -10,9 +10,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -36,6 +37,7 @@ from gpu_worker.pace import pace_of
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
 from gpu_worker.transfer import OnDevice, unwaited
+from gpu_worker.turns import PATIENCE
 from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
@@ -132,7 +134,7 @@ class BatchingRunner:
         return task
 
     def _load(self, job: Job, work: Load, task: Task) -> None:
-        held = self._hold(job, task, partial(loaded, work, self._loader.library, job.check))
+        held = self._hold(job, task, partial(models.loaded, work, self._loader.library, job.check))
         try:
             self._engine.wait_for(held)
         finally:
@@ -155,7 +157,7 @@ class BatchingRunner:
     def _picture(self, job: Job, work: Generate, index: int, task: Task) -> Made:
         """The body of a task: from loading to pixels."""
         alone, claims = task.alone, task.claims
-        read = partial(adapted, work, self._loader.library, job.check)
+        read = partial(models.adapted, work, self._loader.library, job.check)
         held = self._hold(job, task, read)
         try:
             wanted = self._engine.wait_for(held).models
@@ -175,7 +177,7 @@ class BatchingRunner:
         if not job.told:
             job.told = True
             self._send(Progress(job=job.id, phase="loading"))
-        return self._loader.hold(read, partial(wait_for_room, task, task.claims))
+        return self._loader.hold(read, partial(wait_for_room, task, task.claims, count()))
 
     def _adopt(self, call: PreparedCall, wanted: Models) -> None:
         parts = [call.base.pipeline.components]
@@ -284,26 +286,17 @@ def claims(work: Generate) -> dict[Hashable, Hashable]:
 
 
 def wait_for_room(
-    task: Task, claims: Mapping[Hashable, Hashable], in_the_way: tuple[str, ...]
+    task: Task,
+    claims: Mapping[Hashable, Hashable],
+    tries: Iterator[int],
+    in_the_way: tuple[str, ...],
 ) -> None:
-    """Keeps others from beginning with checkpoints that have to go, so that their last job ends;
-    or from beginning at all. Called on the loader's thread."""
+    """Keeps others from beginning with checkpoints that have to go, so that their last job ends.
+    From beginning at all where that does not help: one of them is the task's own, or others
+    took the room again and again. Called on the loader's thread."""
     task.claims = {**claims, **{path: object() for path in in_the_way}}
-    task.alone = task.alone or not in_the_way
-
-
-def adapted(work: Generate, library: Library, check: Callable[[], None]) -> Models:
-    """A request's models, with its LoRAs in the checkpoint."""
-    wanted = models.load(work, library, check)
-    library.adapt(wanted.checkpoint, wanted.loras)
-    return wanted
-
-
-def loaded(work: Load, library: Library, check: Callable[[], None]) -> Models:
-    checkpoint = library.checkpoint(work.checkpoint, check)
-    with library.use(checkpoint):
-        vae = None if work.vae is None else models.load_vae(work.vae, library, checkpoint)
-    return Models(checkpoint, vae)
+    helps = in_the_way and not claims.keys() & set(in_the_way) and next(tries) < PATIENCE
+    task.alone = task.alone or not helps
 
 
 def _nothing() -> None:

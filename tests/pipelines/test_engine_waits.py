@@ -3,6 +3,7 @@
 import gc
 import threading
 from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from gpu_worker.batching import Layout
 from gpu_worker.engine import Body, Engine, Task
 from gpu_worker.forwards import Forwards, run_eagerly
 from gpu_worker.interposer import Target, restore
+from gpu_worker.runner import wait_for_room
+from gpu_worker.turns import PATIENCE, conflict
 from tests.tools.engines import LAYOUT, Denoiser, denoised, engine_of, step_task
 
 
@@ -180,3 +183,24 @@ def test_the_executor_is_given_the_target_of_each_forward(denoiser: Denoiser) ->
     engine.submit(step_task(denoiser, 1, 1))
     engine.run_until_idle()
     assert seen == [(denoiser, "forward")]
+
+
+@pytest.mark.parametrize(
+    ("in_the_way", "tries", "alone", "held_up"),
+    [
+        (("old",), 0, False, {"old"}),
+        (("old", "other"), PATIENCE - 1, False, {"old", "other"}),
+        (("old",), PATIENCE, True, {"old"}),
+        (("own",), 0, True, set()),
+        ((), 0, True, set()),
+    ],
+)
+def test_a_task_that_waits_for_room_keeps_others_from_beginning(
+    in_the_way: tuple[str, ...], tries: int, alone: bool, held_up: set[str]
+) -> None:
+    task = Task("waiting", lambda: None, claims={"own": ()})
+    wait_for_room(task, task.claims, count(tries), in_the_way)
+    assert task.alone is alone
+    others = {path: Task(path, lambda: None, claims={path: ()}) for path in ("old", "other", "new")}
+    expected = set(others) if alone else held_up
+    assert {path for path, other in others.items() if conflict(task, other)} == expected
