@@ -162,6 +162,8 @@ class Scene:
                 before, seen = seen, Compilations.told_in(server.log)
                 changed = changed if seen == before else monotonic()
             seconds = monotonic() - began
+        if server.process.poll() is not None:
+            raise RuntimeError("the server went away under load")
         refused(load.answers)
         row(count, f"{model.family} warm-up under load", f"{seconds:.1f} s")
 
