@@ -5,9 +5,12 @@ repository of the hub. Whatever a name tries, what is missing and what is forbid
 the same answer. This is file work: callers run it in a thread.
 """
 
+import math
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from ipc.messages import Model
 from supervisor import configs, folders, resolved
@@ -41,16 +44,26 @@ DEMO: dict[tuple[Kind, str], str] = {
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 4
 MAX_REMEMBERED = 1000
+FRESH_SECONDS = 1.0
+
+T = TypeVar("T")
 
 
 class Models:
     """The models under MODEL_DIR. Methods block; they may be called from several threads."""
 
-    def __init__(self, settings: Settings, hub: Hub | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        hub: Hub | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.model_dir = settings.model_dir
         self._config_dir = settings.config_dir
         self.hub = hub
+        self._now = clock
         self._remembered: dict[object, tuple[object, ResolvedModel]] = {}
+        self._looked_at: dict[object, tuple[float, ResolvedModel]] = {}
 
     def has_demo(self) -> bool:
         """Whether the demo checkpoint is installed."""
@@ -71,10 +84,18 @@ class Models:
     ) -> ResolvedModel:
         """A single file's configuration may be that of its `checkpoint`.
 
-        Raises Problem for `field`, which is the request's usual one for this kind.
+        What was looked at within the last second is not looked at again: that takes a hundred
+        system calls a request. Raises Problem for `field`, which is the request's usual one for
+        this kind.
         """
+        key = (kind, name, None if checkpoint is None else checkpoint.model)
+        at, known = self._looked_at.get(key, (-math.inf, None))
+        if known is not None and self._now() - at < FRESH_SECONDS:
+            return known
         try:
-            return self._resolved(kind, name, checkpoint)
+            found = self._resolved(kind, name, checkpoint)
+            _keep(self._looked_at, key, (self._now(), found))
+            return found
         except WrongKind as error:
             problem = Problem("incompatible_model", f"cannot use {name!r}: {error}")
         except InvalidModel as error:
@@ -189,10 +210,14 @@ class Models:
         return known if before == state else None
 
     def _remember(self, key: object, state: object, found: ResolvedModel) -> ResolvedModel:
-        if len(self._remembered) >= MAX_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[key] = (state, found)
+        _keep(self._remembered, key, (state, found))
         return found
+
+
+def _keep(known: dict[object, T], key: object, value: T) -> None:
+    if len(known) >= MAX_REMEMBERED:
+        known.clear()
+    known[key] = value
 
 
 def is_safe_name(name: str) -> bool:

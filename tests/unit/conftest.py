@@ -1,5 +1,6 @@
 """Folders for the tests that need one, and a small MODEL_DIR in them."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,4 +53,7 @@ def sdxl(root: Path) -> Path:
 
 @pytest.fixture
 def models(root: Path) -> Models:
-    return Models(Settings(model_dir=root, data_dir=root.parent / "data"))
+    """Each look at its clock is a second later, so that it looks at files every time."""
+    return Models(
+        Settings(model_dir=root, data_dir=root.parent / "data"), clock=itertools.count().__next__
+    )

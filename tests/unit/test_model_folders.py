@@ -12,6 +12,7 @@ from supervisor import models as models_module
 from supervisor.errors import Problem
 from supervisor.families import Kind
 from supervisor.models import Models
+from supervisor.settings import Settings
 from tests.tools import weights
 from tests.tools.model_folders import LORA, broken, refusal
 from tests.tools.weights import files, safetensors
@@ -174,6 +175,18 @@ def test_the_safety_checker_of_the_models_folder_serves_every_checkpoint(
     found = models.safety_checker(models.resolve("checkpoint", "sd15"))
     assert not isinstance(found, bool)
     assert found.path == str(root / "safety_checker")
+
+
+@pytest.mark.usefixtures("sd15")
+def test_what_was_looked_at_a_moment_ago_is_not_looked_at_again(root: Path) -> None:
+    now = 0.0
+    models = Models(Settings(model_dir=root), clock=lambda: now)
+    models.resolve("checkpoint", "sd15")
+    broken(root, {"vae/diffusion_pytorch_model.safetensors": b"\x80\x04."})
+    now = 0.9
+    assert models.resolve("checkpoint", "sd15").model.family == "sd15"
+    now = 1.0
+    assert refusal(models, "checkpoint", "sd15").code == "invalid_model"
 
 
 @pytest.mark.usefixtures("sd15")
