@@ -102,7 +102,7 @@ class AdapterState:
             else:
                 restored.append((weight, original))
                 del self._originals[place]
-        fill([weight for weight, _ in restored], [original for _, original in restored])
+        fill(restored)
         settle(devices)
 
     def _original(self, place: Place, weight: torch.Tensor) -> torch.Tensor:

@@ -88,10 +88,9 @@ def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
 def exchange(module: nn.Module, weights: Weights) -> None:
     """The module's weights become these, in place. Raises DoesNotFit before any is written."""
     pairs = list(places(module, weights))
-    targets = [place for place, _ in pairs]
     with torch.no_grad():
-        fill(targets, [source for _, source in pairs])
-    settle(place.device for place in targets)
+        fill(pairs)
+    settle(place.device for place, _ in pairs)
 
 
 def places(module: nn.Module, weights: Weights) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

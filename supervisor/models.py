@@ -45,6 +45,7 @@ MAX_NAME_BYTES = 255
 MAX_DEPTH = 4
 MAX_REMEMBERED = 1000
 FRESH_SECONDS = 1.0
+"""How long what was found of a model's files is taken as it was."""
 
 T = TypeVar("T")
 

@@ -5,9 +5,10 @@ from msgspec.structs import replace
 
 from ipc import messages as m
 from supervisor.estimates import Estimates
+from supervisor.jobs import Job
 from supervisor.states import WorkerEvent, WorkerState
 from supervisor.worker import Worker
-from tests.tools.fleets import SETTINGS, FakeProcess, job, resident
+from tests.tools.fleets import SETTINGS, FakeProcess, job, model, resident
 
 
 def worker(state: WorkerState = WorkerState.READY, **phases: m.Phase | None) -> Worker:
@@ -76,6 +77,15 @@ def test_a_start_has_its_own_time_and_a_launch_checkpoint_more() -> None:
     assert one.stalled(SETTINGS, False, 301) == "was not ready within 300 s"
     assert one.stalled(SETTINGS, True, 900) is None
     assert one.stalled(SETTINGS, True, 901) == "was not ready within 900 s"
+
+
+def test_what_is_on_the_device_or_comes_there_needs_no_swap() -> None:
+    one = worker()
+    one.models = [resident("cat"), resident("dog", tier="host")]
+    one.running["loads"] = job("loads", checkpoint="bird")
+    one.running["unloads"] = Job("unloads", m.Unload(job="unloads", checkpoint=model("cow")), 0, 9)
+    assert one.resident == {"/models/cat", "/models/bird"}
+    assert one.holds("/models/dog")
 
 
 def test_a_start_without_a_process_is_no_stall() -> None:
