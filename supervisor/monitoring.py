@@ -141,7 +141,8 @@ def _nvml() -> Iterator[Any]:
         with contextlib.suppress(pynvml.NVMLError):
             yield pynvml
     finally:
-        pynvml.nvmlShutdown()
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 OUTBOX_SECONDS = 5.0
 DRAIN_POLL_SECONDS = 0.05
 CLOSE_SECONDS = 1.0
+TASK_PAUSE_SECONDS = 1.0
 COLLECT_AFTER_OBJECTS = 5000
 
 
@@ -113,7 +114,7 @@ class Server:
             await self._storage.start()
             tasks = (self.service.run, self._deliverer.run, self._keeper.run, self._quota.watch)
             for task in tasks:
-                group.start_soon(task)
+                group.start_soon(tended, task)
             closing, workers_gone = anyio.Event(), anyio.Event()
             group.start_soon(self._keep_workers, workers_gone)
             group.start_soon(self._serve_http, closing)
@@ -166,6 +167,16 @@ class Server:
         closing.set()  # last: Hypercorn ends its own stop by cancelling whoever runs it
         await anyio.sleep(CLOSE_SECONDS)
         scope.cancel()
+
+
+async def tended(task: Callable[[], Awaitable[None]]) -> None:
+    """Begins one of the server's tasks anew that a defect has ended: all others depend on it."""
+    while True:
+        try:
+            return await task()
+        except Exception:
+            log.exception("cannot go on with a task, which begins anew")
+            await anyio.sleep(TASK_PAUSE_SECONDS)
 
 
 def http_config(listening: list[socket.socket], header_seconds: float) -> Config:
