@@ -92,7 +92,7 @@ class AdapterState:
     @torch.no_grad()
     def _write(self, wanted: Mapping[Place, list[tuple[Factors, float]]]) -> None:
         devices = set[torch.device]()
-        restored: list[tuple[torch.Tensor, torch.Tensor]] = []
+        restored: dict[Place, tuple[torch.Tensor, torch.Tensor]] = {}
         for place in [*self._originals, *(new for new in wanted if new not in self._originals)]:
             weight = _layer(self.modules[place[0]], place[1]).weight
             devices.add(weight.device)
@@ -100,10 +100,11 @@ class AdapterState:
             if place in wanted:
                 weight.copy_(_sum(original, wanted[place], weight.device))
             else:
-                restored.append((weight, original))
-                del self._originals[place]
-        fill(restored)
+                restored[place] = (weight, original)
+        fill(restored.values())
         settle(devices)
+        for place in restored:
+            del self._originals[place]
 
     def _original(self, place: Place, weight: torch.Tensor) -> torch.Tensor:
         if place not in self._originals:

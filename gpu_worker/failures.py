@@ -38,15 +38,11 @@ class Refusal(Exception):
 
 
 class MemoryShort(Exception):
-    """The job needs more of the device's memory than it may have.
+    """The job needs more of the device's memory than it may have, by so many bytes."""
 
-    `in_the_way` are the paths of checkpoints that leave enough once no job uses them; empty
-    where that takes more than their end.
-    """
-
-    def __init__(self, detail: str, in_the_way: tuple[str, ...] = ()) -> None:
+    def __init__(self, detail: str, missing_bytes: int = 0) -> None:
         super().__init__(detail)
-        self.in_the_way = in_the_way
+        self.missing_bytes = missing_bytes
 
 
 class JobCancelled(Exception):

@@ -5,7 +5,7 @@ Knows paths, bytes and who uses what; knows no requests. One thread uses it.
 
 import contextlib
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 
 import torch
 
@@ -156,7 +156,7 @@ class Library:
                 raise MemoryShort(
                     f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
                     f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights",
-                    self._in_the_way(self._budgeted_bytes() + size - self.budget_bytes),
+                    self._budgeted_bytes() + size - self.budget_bytes,
                 )
             oldest = min(idle, key=lambda holding: holding.last_used)
             self._modules.spare(oldest.parts)
@@ -164,12 +164,13 @@ class Library:
             self._changed()
             dropped = True
 
-    def _in_the_way(self, size: int) -> tuple[str, ...]:
-        """As many checkpoints as have so many bytes, those with the fewest jobs first."""
+    def in_the_way(self, size: int, needed: Collection[str]) -> tuple[str, ...]:
+        """The paths of as many checkpoints in use as have so many bytes, those with the fewest
+        pictures first, the needed ones aside; none where all of them have less."""
         paths, left = [], size
-        checkpoints = [held for held in self._held.values() if held.kind == "checkpoint"]
-        for holding in sorted(checkpoints, key=lambda each: each.users):
-            if left > 0:
+        used = [held for held in self._held.values() if held.kind == "checkpoint" and held.users]
+        for holding in sorted(used, key=lambda each: each.users):
+            if left > 0 and holding.model.path not in needed:
                 paths.append(holding.model.path)
                 left -= holding.bytes
         return () if left > 0 else tuple(paths)

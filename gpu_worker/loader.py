@@ -14,8 +14,8 @@ from gpu_worker.library import Library
 from gpu_worker.models import Models
 
 Result = TypeVar("Result")
-PutOff = Callable[[tuple[str, ...]], None]
-"""Is told which checkpoints are in the way, by their paths."""
+PutOff = Callable[[int], None]
+"""Is told how many bytes are missing, on the library's thread."""
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Loader:
             held = self._read(request)
         except MemoryShort as error:
             if self._held:
-                request.put_off(error.in_the_way)
+                request.put_off(error.missing_bytes)
                 self._put_off.append(request)
             else:
                 _settle(request.future, error)

@@ -10,10 +10,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import count
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -173,11 +173,18 @@ class BatchingRunner:
 
     def _hold(self, job: Job, task: Task, read: Callable[[], Models]) -> "Future[Held]":
         """The models that a task needs. While they wait for room, no other task begins with
-        what is in the way."""
+        checkpoints that are in the way."""
         if not job.told:
             job.told = True
             self._send(Progress(job=job.id, phase="loading"))
-        return self._loader.hold(read, partial(wait_for_room, task, task.claims, count()))
+        claims, told = task.claims, list[tuple[str, ...]]()
+
+        def put_off(missing_bytes: int) -> None:
+            needed = {job.work.checkpoint.path, *map(str, claims)}
+            told.append(self._loader.library.in_the_way(missing_bytes, needed))
+            wait_for_room(task, claims, told)
+
+        return self._loader.hold(read, put_off)
 
     def _adopt(self, call: PreparedCall, wanted: Models) -> None:
         parts = [call.base.pipeline.components]
@@ -286,17 +293,14 @@ def claims(work: Generate) -> dict[Hashable, Hashable]:
 
 
 def wait_for_room(
-    task: Task,
-    claims: Mapping[Hashable, Hashable],
-    tries: Iterator[int],
-    in_the_way: tuple[str, ...],
+    task: Task, claims: Mapping[Hashable, Hashable], told: Sequence[tuple[str, ...]]
 ) -> None:
-    """Keeps others from beginning with checkpoints that have to go, so that their last job ends.
-    From beginning at all where that does not help: one of them is the task's own, or others
-    took the room again and again. Called on the loader's thread."""
-    task.claims = {**claims, **{path: object() for path in in_the_way}}
-    helps = in_the_way and not claims.keys() & set(in_the_way) and next(tries) < PATIENCE
-    task.alone = task.alone or not helps
+    """Keeps others from beginning with the checkpoints that were last told to be in the way, so
+    that their last job ends. From beginning at all where there are none, or they were others
+    again and again: somebody took the room. Called on the loader's thread."""
+    task.claims = {**claims, **{path: object() for path in told[-1]}}
+    changes = sum(before != after for before, after in pairwise(told))
+    task.alone = task.alone or not told[-1] or changes >= PATIENCE
 
 
 def _nothing() -> None:

@@ -97,8 +97,7 @@ class Deliverer:
         return ids
 
     async def run(self) -> None:
-        """Delivers until `aclose`. Called again only after an error."""
-        self._lanes, self._ended = {}, anyio.Event()
+        """Delivers until `aclose`. Call it once."""
         try:
             async with _client() as self._client, anyio.create_task_group() as self._group:
                 for url in await self._call(self._outbox.urls):

@@ -76,16 +76,10 @@ class Lives:
 
     async def _live(self, worker: Worker) -> None:
         while worker.state is not WorkerState.STOPPED:
-            if worker.state not in LIVE_WORKER_STATES:
-                # between two lives; the fleet's next tick may end the wait
-                await anyio.sleep(TICK_SECONDS)
-                continue
-            try:
+            if worker.state in LIVE_WORKER_STATES:
                 await self._one_life(worker)
-            except Exception:  # a defect must not take the other workers with it
-                log.exception("cannot look after a worker", extra={"worker": worker.id})
-                if worker.state in LIVE_WORKER_STATES:
-                    self._fleet.spawn_failed(worker, "there is a defect in the supervisor")
+            else:  # between two lives; the fleet's next tick may end the wait
+                await anyio.sleep(TICK_SECONDS)
 
     async def _one_life(self, worker: Worker) -> None:
         environ = environment(worker.device, self._environ, self._threads)

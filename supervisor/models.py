@@ -90,12 +90,13 @@ class Models:
         this kind.
         """
         key = (kind, name, None if checkpoint is None else checkpoint.model)
+        now = self._now()
         at, known = self._looked_at.get(key, (-math.inf, None))
-        if known is not None and self._now() - at < FRESH_SECONDS:
+        if known is not None and now - at < FRESH_SECONDS:
             return known
         try:
             found = self._resolved(kind, name, checkpoint)
-            _keep(self._looked_at, key, (self._now(), found))
+            _keep(self._looked_at, key, (now, found))
             return found
         except WrongKind as error:
             problem = Problem("incompatible_model", f"cannot use {name!r}: {error}")

@@ -112,8 +112,9 @@ class Server:
         gc.set_threshold(COLLECT_AFTER_OBJECTS)
         async with anyio.create_task_group() as group:
             await self._storage.start()
-            tasks = (self.service.run, self._deliverer.run, self._keeper.run, self._quota.watch)
-            for task in tasks:
+            group.start_soon(self.service.run)
+            group.start_soon(self._deliverer.run)
+            for task in (self._keeper.run, self._quota.watch):
                 group.start_soon(tended, task)
             closing, workers_gone = anyio.Event(), anyio.Event()
             group.start_soon(self._keep_workers, workers_gone)
@@ -170,12 +171,12 @@ class Server:
 
 
 async def tended(task: Callable[[], Awaitable[None]]) -> None:
-    """Begins one of the server's tasks anew that a defect has ended: all others depend on it."""
+    """Begins a task anew that a defect has ended, where no request depends on it."""
     while True:
         try:
             return await task()
         except Exception:
-            log.exception("cannot go on with a task, which begins anew")
+            log.exception("cannot go on with %s, which begins anew", task.__qualname__)
             await anyio.sleep(TASK_PAUSE_SECONDS)
 
 

@@ -120,11 +120,12 @@ class Worker:
 
     @property
     def resident(self) -> frozenset[str]:
-        """What a job needs no swap for: models on its device, and those that its jobs load."""
-        there = [model.path for model in self.models if model.tier == "device"]
-        jobs = self.running.values()
-        coming = [job.model for job in jobs if not isinstance(job.message, messages.Unload)]
-        return frozenset(there + coming)
+        """What a job needs no swap for: models on its device that stay there, and those that its
+        jobs load."""
+        there = {model.path for model in self.models if model.tier == "device"}
+        jobs = [job for job in self.running.values() if not job.has_ended]
+        going = {job.model for job in jobs if isinstance(job.message, messages.Unload)}
+        return frozenset((there | {job.model for job in jobs}) - going)
 
     def stalled(self, settings: Settings, launching: bool, now: float) -> str | None:
         """What took longer than it may, in words; None when all goes on."""

@@ -1,5 +1,5 @@
-"""CUDA graphs of denoisers, ControlNets and text encoders, one per module, shape and number of
-rows, over any compiler.
+"""CUDA graphs of denoisers, ControlNets and encoders of texts or pictures, one per module, shape
+and number of rows, over any compiler.
 
 A graph reads its weights where they lie, so it stays valid while checkpoints and LoRAs
 are exchanged in place. All graphs share one pool of memory: they run one at a time, and
@@ -19,7 +19,7 @@ from gpu_worker.compilers import BUCKETS, Compiler, Function, shape_key
 from gpu_worker.failures import is_device_failure
 from gpu_worker.interposer import Target
 
-MAX_GRAPHS = 48
+MAX_GRAPHS = 64
 MAX_POOL_PART = 0.15
 """Of the device's memory; beyond it all graphs are dropped and captured anew when needed."""
 MAX_SEEN = 1024

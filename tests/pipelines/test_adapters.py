@@ -231,11 +231,14 @@ def test_a_lora_of_another_family_is_refused_and_nothing_is_merged(
     assert merged.merged == ()
 
 
-def test_a_failure_in_the_middle_leaves_nothing_merged(pipes, files, monkeypatch):
+@pytest.mark.parametrize("share_layers", [True, False])
+def test_a_failure_in_the_middle_leaves_nothing_merged(pipes, files, share_layers):
     pipe = pipes["sd15"]
     before = copied(weights(pipe))
     merged = state(pipe)
     good, bad = (load(model(files["sd15", "kohya", seed]), pipe.unet) for seed in (1, 2))
+    if not share_layers:
+        del good.parts["text_encoder"], bad.parts["unet"]
     merged.ensure([(good, 1.0)])
     last = list(bad.parts["text_encoder"].values())[-1]
     object.__setattr__(last, "scale", None)

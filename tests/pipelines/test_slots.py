@@ -135,6 +135,20 @@ def test_a_model_too_large_for_the_device_drops_no_other(tiny_models: Path) -> N
     assert library.held_bytes() > 0
 
 
+def test_the_checkpoints_in_the_way_are_those_with_the_fewest_pictures(tiny_models: Path) -> None:
+    library = Library("cpu", torch.float32, BUDGET, lambda: None)
+    many, few, _ = (
+        library.checkpoint(Model(name=name, path=str(tiny_models / name)))
+        for name in ("sd15", "sd21", "sdxl")
+    )
+    with library.use(many), library.use(few, many):
+        most, least = many.model.path, few.model.path
+        assert library.in_the_way(1, set()) == (least,)
+        assert library.in_the_way(1, {least}) == (most,)
+        assert library.in_the_way(few.bytes + 1, set()) == (least, most)
+        assert library.in_the_way(few.bytes + many.bytes + 1, set()) == ()
+
+
 def test_weights_that_lack_something_change_nothing(tiny_models: Path, other: Path) -> None:
     folder = tiny_models / "sd15" / "unet"
     module = folders.load_part(folder, kind_of(tiny_models / "sd15", "unet"), torch.float32)

@@ -52,6 +52,11 @@ def until_denoising(client: WorkerClient, name: str) -> Received:
             return received
 
 
+def until_loading(client: WorkerClient, name: str) -> None:
+    while client.receive() != m.Progress(job=name, phase="loading"):
+        pass
+
+
 def ends(received: Received) -> dict[str, m.FromWorker]:
     """The last messages of jobs, by job, in order."""
     return {getattr(each, "job", "fatal"): each for each in received if isinstance(each, ENDS)}
@@ -147,7 +152,9 @@ def test_a_job_that_waits_for_room_holds_up_nobody_but_who_wants_what_is_in_its_
             client.send(job(name, checkpoint, parameters=ENDLESS))
             until_denoising(client, name)
         client.send(job("waiting", third))
-        until_denoising(client, "last")
+        until_loading(client, "waiting")
+        for _ in range(10):  # meanwhile there was found to be no room
+            until_denoising(client, "last")
         client.send(job("behind", idling))
         client.send(job("beside", wanted))
         received = until_ended(client, {"beside"})

@@ -6,7 +6,7 @@ import anyio
 import pytest
 
 from ipc import messages as m
-from supervisor import monitoring, placement, server
+from supervisor import placement, server
 from supervisor.fleet import Fleet
 from supervisor.lives import Lives, environment
 from supervisor.states import WorkerState
@@ -53,30 +53,6 @@ def test_a_program_that_cannot_be_started_is_tried_again_later(
 
     anyio.run(run)
     assert worker.last_exit == "could not be started: No such file or directory"
-
-
-def test_a_defect_beside_one_worker_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    def used(device: str) -> int:
-        if device == "0":
-            raise RuntimeError("a defect")
-        return 0
-
-    monkeypatch.setattr(placement, "FIRST_RESTART_SECONDS", 0.01)
-    monkeypatch.setattr(monitoring, "used_device_bytes", used)
-    fleet = Fleet(SETTINGS, ["cuda:0", "cuda:1"], draw=lambda: 0.0)
-    workers = fleet.workers
-
-    async def run() -> None:
-        async with anyio.create_task_group() as group:
-            group.start_soon(lives(fleet).run)
-            with anyio.fail_after(10):
-                while min(each.failed_starts for each in workers.values()) < 2:  # noqa: ASYNC110
-                    await anyio.sleep(0.01)
-            fleet.stop()
-
-    anyio.run(run)
-    assert str(workers[0].last_exit).endswith("there is a defect in the supervisor")
-    assert str(workers[1].last_exit).endswith("No such file or directory")
 
 
 def test_a_task_of_the_server_that_a_defect_ends_begins_anew(

@@ -81,7 +81,7 @@ def test_a_start_has_its_own_time_and_a_launch_checkpoint_more() -> None:
 
 def test_what_is_on_the_device_or_comes_there_needs_no_swap() -> None:
     one = worker()
-    one.models = [resident("cat"), resident("dog", tier="host")]
+    one.models = [resident("cat"), resident("cow"), resident("dog", tier="host")]
     one.running["loads"] = job("loads", checkpoint="bird")
     one.running["unloads"] = Job("unloads", m.Unload(job="unloads", checkpoint=model("cow")), 0, 9)
     assert one.resident == {"/models/cat", "/models/bird"}
