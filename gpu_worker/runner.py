@@ -10,10 +10,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -181,8 +180,8 @@ class BatchingRunner:
 
         def put_off(missing_bytes: int) -> None:
             needed = {job.work.checkpoint.path, *map(str, claims)}
-            told.append(self._loader.library.in_the_way(missing_bytes, needed))
-            wait_for_room(task, claims, told)
+            in_the_way = self._loader.library.in_the_way(missing_bytes, needed)
+            wait_for_room(task, claims, told, in_the_way)
 
         return self._loader.hold(read, put_off)
 
@@ -293,14 +292,18 @@ def claims(work: Generate) -> dict[Hashable, Hashable]:
 
 
 def wait_for_room(
-    task: Task, claims: Mapping[Hashable, Hashable], told: Sequence[tuple[str, ...]]
+    task: Task,
+    claims: Mapping[Hashable, Hashable],
+    told: list[tuple[str, ...]],
+    in_the_way: tuple[str, ...],
 ) -> None:
-    """Keeps others from beginning with the checkpoints that were last told to be in the way, so
-    that their last job ends. From beginning at all where there are none, or they were others
-    again and again: somebody took the room. Called on the loader's thread."""
-    task.claims = {**claims, **{path: object() for path in told[-1]}}
-    changes = sum(before != after for before, after in pairwise(told))
-    task.alone = task.alone or not told[-1] or changes >= PATIENCE
+    """Keeps others from beginning with the checkpoints that are in the way, so that their last
+    job ends. From beginning at all where there are none, or they were others again and again:
+    somebody took the room. Called on the loader's thread, `told` is what it was told before."""
+    if told[-1:] != [in_the_way]:
+        told.append(in_the_way)
+    task.claims = {**claims, **{path: object() for path in in_the_way}}
+    task.alone = task.alone or not in_the_way or len(told) > PATIENCE
 
 
 def _nothing() -> None:

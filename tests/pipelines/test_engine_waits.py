@@ -199,7 +199,9 @@ def test_a_task_that_waits_for_room_keeps_others_from_beginning(
     told: list[tuple[str, ...]], alone: bool, held_up: set[str]
 ) -> None:
     task = Task("waiting", lambda: None, claims={"own": ()})
-    wait_for_room(task, task.claims, told)
+    claims, before = task.claims, list[tuple[str, ...]]()
+    for in_the_way in told:
+        wait_for_room(task, claims, before, in_the_way)
     assert task.alone is alone
     others = {path: Task(path, lambda: None, claims={path: ()}) for path in ("old", "other", "new")}
     expected = set(others) if alone else held_up
