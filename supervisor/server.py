@@ -1,11 +1,13 @@
 """The whole server: fleet, service and HTTP in one event loop, from start to drained."""
 
+import asyncio
 import gc
 import logging
 import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +147,9 @@ class Server:
             group.start_soon(close_late)
             application: Any = self._app  # Hypercorn's types are narrower than ASGI's
             config = http_config(self._sockets, self.settings.header_timeout_seconds)
-            await hypercorn_serve(application, config, shutdown_trigger=closing.wait)
+            # Hypercorn's own error, when it is cancelled while connections are open.
+            with suppress(asyncio.InvalidStateError):
+                await hypercorn_serve(application, config, shutdown_trigger=closing.wait)
             group.cancel_scope.cancel()
 
     async def _idle(self) -> None:

@@ -146,6 +146,6 @@ def test_a_second_signal_ends_the_server_at_once(
         wait_until(lambda: server.client.get("/ready").status_code == 503)
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(10)
+        assert server.process.wait(10) == 0
         assert time.monotonic() - began < 3
         wait_until(lambda: not any(lives(process.pid) for process in family), 10)
