@@ -147,12 +147,10 @@ class Library:
 
     def _make_room(self, size: int, model: Model) -> None:
         """Drops as much as so many bytes need. Raises MemoryShort."""
-        dropped = False
         while self._budgeted_bytes() + size > self.budget_bytes:
             idle = [holding for holding in self._held.values() if not holding.users]
             if not idle or size > self.budget_bytes:
-                if dropped:
-                    self._modules.free()  # what was dropped for it has nobody to go to
+                self._modules.reserve(())  # what was dropped for it has nobody to go to
                 raise MemoryShort(
                     f"cannot load {model.name!r}: its {size / 2**30:.2f} GB and those in use "
                     f"are more than the device's {self.budget_bytes / 2**30:.2f} GB for weights",
@@ -162,7 +160,6 @@ class Library:
             self._modules.spare(oldest.parts)
             self._drop(oldest)
             self._changed()
-            dropped = True
 
     def in_the_way(self, size: int, needed: Collection[str]) -> tuple[str, ...]:
         """The paths of as many checkpoints in use as have so many bytes, those with the fewest

@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
@@ -29,7 +30,7 @@ from gpu_worker.interposer import interposable
 from gpu_worker.job import Job
 from gpu_worker.library import Library
 from gpu_worker.limits import Limits, memory_of
-from gpu_worker.loader import Held, Loader
+from gpu_worker.loader import Loader
 from gpu_worker.loop import EXIT_FATAL, Send, Work
 from gpu_worker.models import Models
 from gpu_worker.pace import pace_of
@@ -133,11 +134,8 @@ class BatchingRunner:
         return task
 
     def _load(self, job: Job, work: Load, task: Task) -> None:
-        held = self._hold(job, task, partial(models.loaded, work, self._loader.library, job.check))
-        try:
-            self._engine.wait_for(held)
-        finally:
-            self._loader.give_back(held)
+        with self._held(job, task, partial(models.loaded, work, self._loader.library, job.check)):
+            pass  # it stays there until it has to make room
 
     def _picture_task(self, job: Job, work: Generate, index: int) -> Task:
         kind: Any = pipelines.pipeline_class(work.pipeline)
@@ -155,35 +153,36 @@ class BatchingRunner:
 
     def _picture(self, job: Job, work: Generate, index: int, task: Task) -> Made:
         """The body of a task: from loading to pixels."""
-        alone, claims = task.alone, task.claims
         read = partial(models.adapted, work, self._loader.library, job.check)
-        held = self._hold(job, task, read)
-        try:
-            wanted = self._engine.wait_for(held).models
-            task.alone, task.claims = alone, claims
+        with self._held(job, task, read) as wanted:
             call = job.prepared(partial(pipelines.prepare, work), wanted, index)
             self._adopt(call, wanted)
             job.progress = job.progress or self._progress(job, work, wanted)
             watch = job.progress.calls[index]
             watch.encodes()
             return call, call.run(watch)
-        finally:
-            self._loader.give_back(held)
 
-    def _hold(self, job: Job, task: Task, read: Callable[[], Models]) -> "Future[Held]":
+    @contextmanager
+    def _held(self, job: Job, task: Task, read: Callable[[], Models]) -> Iterator[Models]:
         """The models that a task needs. While they wait for room, no other task begins with
         checkpoints that are in the way."""
         if not job.told:
             job.told = True
             self._send(Progress(job=job.id, phase="loading"))
-        claims, told = task.claims, list[tuple[str, ...]]()
+        alone, claims, told = task.alone, task.claims, list[tuple[str, ...]]()
 
         def put_off(missing_bytes: int) -> None:
             needed = {job.work.checkpoint.path, *map(str, claims)}
             in_the_way = self._loader.library.in_the_way(missing_bytes, needed)
             wait_for_room(task, claims, told, in_the_way)
 
-        return self._loader.hold(read, put_off)
+        held = self._loader.hold(read, put_off)
+        try:
+            wanted = self._engine.wait_for(held).models
+            task.alone, task.claims = alone, claims
+            yield wanted
+        finally:
+            self._loader.give_back(held)
 
     def _adopt(self, call: PreparedCall, wanted: Models) -> None:
         parts = [call.base.pipeline.components]

@@ -220,16 +220,16 @@ def batched(jobs: Sequence[Job], callers: int) -> list[torch.Tensor]:
     return [results[index] for index in range(len(jobs))]
 
 
-def timed(run: Callable[[], list[torch.Tensor]], repeats: int) -> tuple[float, list[torch.Tensor]]:
-    """The best of some runs in seconds, and the last run's latents."""
-    best = float("inf")
+def timed(run: Callable[[], Any], repeats: int = 2) -> tuple[float, Any]:
+    """The best of some runs in seconds, and the last one's result."""
+    best, result = float("inf"), None
     for _ in range(repeats):
         synchronize()
         began = time.perf_counter()
-        results = run()
+        result = run()
         synchronize()
         best = min(best, time.perf_counter() - began)
-    return best, results
+    return best, result
 
 
 def synchronize() -> None:

@@ -6,23 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from gpu_worker.compilers.cuda_graph import CudaGraphs
 from gpu_worker.compilers.inductor import Inductor
 from gpu_worker.compilers.none import Uncompiled
 from gpu_worker.interposer import LAYOUTS, Target
 from gpu_worker.slots import lay_out
-from scripts.bench_rig import SIZES, Results, psnr, timed, true_vae
-from scripts.bench_swaps import text_encoder
+from scripts.bench_engine import timed
+from scripts.bench_rig import SIZES, Results, psnr, true_vae
+from scripts.true_architectures import CLIP_L, OPENCLIP_BIG_G
 
 TOKENS = 77
 TIMES = 5
-ENCODERS: dict[str, list[tuple[Any, int, int]]] = {
-    "sd15": [(CLIPTextModel, 768, 12)],
-    "sdxl": [(CLIPTextModel, 768, 12), (CLIPTextModelWithProjection, 1280, 32)],
+ENCODERS: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "sd15": [(CLIPTextModel, CLIP_L)],
+    "sdxl": [(CLIPTextModel, CLIP_L), (CLIPTextModelWithProjection, OPENCLIP_BIG_G)],
 }
-"""Class, width and layers: CLIP ViT-L, and OpenCLIP's bigG."""
 
 
 def decoder(results: Results, name: str, device: torch.device, work: Path) -> None:
@@ -51,9 +51,10 @@ def decoder(results: Results, name: str, device: torch.device, work: Path) -> No
 def text_encoders(results: Results, name: str, device: torch.device) -> None:
     """One prompt, as pipelines have it encoded; as a graph where there can be one."""
     if device.type == "cuda":
-        for kind, width, layers in ENCODERS[name]:
-            module = text_encoder(name, kind, width, layers, device).half()
-            label = f"{name} text encoder of {layers} layers, as a graph"
+        for kind, config in ENCODERS[name]:
+            with device:
+                module = kind(CLIPTextConfig(**config)).eval().half()
+            label = f"{name} text encoder of {config['num_hidden_layers']} layers, as a graph"
             encoding(results, label, module, hidden_states=name == "sdxl")
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from gpu_worker.limits import Limits, memory_of
 from gpu_worker.pace import pace_of
 from gpu_worker.slots import lay_out
 from gpu_worker.transfer import unwaited
-from scripts.bench_engine import Checkpoint, Job, jobs_of, synchronize
+from scripts.bench_engine import Checkpoint, Job, jobs_of
 
 STARTED = time.monotonic()
 SIZES = {"sd15": 512, "sdxl": 1024, "tiny_sd15": 64, "tiny_sdxl": 64, "demo": 128}
@@ -134,18 +134,6 @@ class Server:
     def _lay_out(self, memory_format: torch.memory_format) -> None:
         for module in {module for module, _ in self._parts}:
             lay_out(module, memory_format)
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """The better of two runs in seconds, and the last one's result."""
-    best, result = math.inf, None
-    for _ in range(2):
-        synchronize()
-        began = time.perf_counter()
-        result = run()
-        synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best, result
 
 
 def lone_jobs(checkpoint: Checkpoint, size: int, steps: int, count: int = 2) -> list[Job]:

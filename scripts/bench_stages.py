@@ -21,7 +21,7 @@ from gpu_worker.compilers.cuda_graph import CudaGraphs
 from gpu_worker.compilers.inductor import Inductor
 from gpu_worker.compilers.none import Uncompiled
 from gpu_worker.device import quiet_libraries
-from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize
+from scripts.bench_engine import Checkpoint, Job, jobs_of, stock, synchronize, timed
 from scripts.bench_modules import decoder, text_encoders
 from scripts.bench_rig import (
     SIZES,
@@ -33,7 +33,6 @@ from scripts.bench_rig import (
     is_compiling,
     lone_jobs,
     rate,
-    timed,
     wait_for,
     worst_psnr,
 )
