@@ -30,7 +30,7 @@ class JobProgress:
 
     def __post_init__(self) -> None:
         self.calls = [CallProgress(self, index) for index in range(len(self.work.calls))]
-        self._told: tuple[Phase | None, float] = (None, 0.0)
+        self._told_at: float | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -40,11 +40,10 @@ class JobProgress:
 
     def tell(self, phase: Phase) -> None:
         self.check()
-        now = time.monotonic()
-        last_phase, last = self._told
-        if phase == last_phase and now - last < self.work.progress_seconds:
+        pace = self.work.progress_seconds
+        last, self._told_at = self._told_at, time.monotonic() // pace if pace else None
+        if pace and last == self._told_at:
             return
-        self._told = (phase, now)
         step = sum(call.steps_done for call in self.calls)
         longest = max(call.steps for call in self.calls)
         steps = sum(call.steps or longest for call in self.calls)

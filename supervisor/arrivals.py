@@ -1,4 +1,4 @@
-"""Requests on their way to becoming jobs: prepared in threads, then handed to the fleet.
+"""Requests on their way to becoming jobs: prepared, in threads if need be, and handed to the fleet.
 
 One whose models must be downloaded first is a job before it is prepared: queued, and its
 watchers are told how far the download is. What is refused before that never was one.
@@ -56,6 +56,11 @@ class Arrivals:
         """Returns once the request is a job; one of `tasks` goes on where it has to wait for a
         download. Raises Problem when it is refused."""
         self._fleet.asked()
+        prepared = self._preparation.at_once(record.body, record.job.id)
+        if prepared is not None:
+            record.take(prepared)
+            self._fleet.submit(record.job)
+            return self._accepted(record)
         arrival = Arrival(record)
         tasks.start_soon(self._arrive, tasks, arrival)
         try:
@@ -113,7 +118,7 @@ class Arrivals:
                 prepare, limiter=self.threads, abandon_on_cancel=True
             )
         if not record.job.has_ended:
-            record.prepared, record.job.message = prepared, prepared.message
+            record.take(prepared)
 
     async def _follow(
         self, arrival: Arrival, downloading: MemoryObjectReceiveStream[Loading]

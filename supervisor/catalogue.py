@@ -90,6 +90,12 @@ class Pipeline(msgspec.Struct, frozen=True):
         return {name: item.call_name or name for name, item in items if name not in OURS}
 
 
+@cache
+def picture_names() -> frozenset[str]:
+    """What any pipeline calls the pictures that it takes."""
+    return frozenset(name for each in pipelines().values() for name in each.pictures)
+
+
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A class as the file has it."""
 

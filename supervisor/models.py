@@ -50,6 +50,10 @@ FRESH_SECONDS = 1.0
 T = TypeVar("T")
 
 
+class NotAtHand(Exception):
+    """Files would have to be looked at."""
+
+
 class Models:
     """The models under MODEL_DIR. Methods block; they may be called from several threads."""
 
@@ -65,6 +69,11 @@ class Models:
         self._now = clock
         self._remembered: dict[object, tuple[object, ResolvedModel]] = {}
         self._looked_at: dict[object, tuple[float, ResolvedModel]] = {}
+
+    @property
+    def at_hand(self) -> "ModelsAtHand":
+        """What can be told of the same models without blocking."""
+        return ModelsAtHand(self)
 
     def has_demo(self) -> bool:
         """Whether the demo checkpoint is installed."""
@@ -214,6 +223,24 @@ class Models:
     def _remember(self, key: object, state: object, found: ResolvedModel) -> ResolvedModel:
         _keep(self._remembered, key, (state, found))
         return found
+
+
+class ModelsAtHand(Models):
+    """What others looked at within the last second. Raises NotAtHand for everything else."""
+
+    def __init__(self, models: Models) -> None:
+        self._now, self._looked_at = models._now, models._looked_at
+
+    def has_demo(self) -> bool:
+        raise NotAtHand
+
+    def safety_checker(self, checkpoint: ResolvedModel) -> Model | bool:
+        if checkpoint.has_safety_checker:
+            return True
+        raise NotAtHand
+
+    def _resolved(self, kind: Kind, name: str, checkpoint: ResolvedModel | None) -> ResolvedModel:
+        raise NotAtHand
 
 
 def _keep(known: dict[object, T], key: object, value: T) -> None:

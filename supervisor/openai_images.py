@@ -6,12 +6,12 @@ The fields and their ranges are those of OpenAI's images API; `negative_prompt`,
 them and change nothing: the number of steps is what decides the quality here.
 """
 
-import base64
 import io
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
+import pybase64
 from msgspec import Meta
 
 from ipc.messages import OutputFormat
@@ -166,7 +166,7 @@ def completed_events(body: bytes, asked: ImagesBody, kind: EventKind, created: i
 
 def partial_event(jpeg: bytes, index: int, kind: EventKind, created: int) -> bytes:
     """A preview, which is a small JPEG whatever the picture's own format will be."""
-    image = base64.b64encode(jpeg).decode()
+    image = pybase64.b64encode_as_string(jpeg)
     return _event(f"{kind}.partial_image", image, "jpeg", created, {"partial_image_index": index})
 
 
@@ -192,7 +192,7 @@ def _size(image: str) -> str:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(base64.b64decode(image))) as picture:
+        with Image.open(io.BytesIO(pybase64.b64decode(image))) as picture:
             return f"{picture.width}x{picture.height}"
     except OSError:
         return "auto"

@@ -5,12 +5,13 @@ transparent part of a picture, ours is white on black, and a size that was asked
 picture's own. Format, sides and pixels have passed pictures.check before.
 """
 
-import base64
 import io
 import struct
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import pybase64
 
 from supervisor import pictures
 from supervisor.errors import Problem
@@ -88,4 +89,4 @@ def _one_or_all(images: list[bytes]) -> Any:
 
 
 def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+    return pybase64.b64encode_as_string(data)

@@ -4,12 +4,13 @@ Format and size are read from the file's first bytes; the pixels themselves are 
 in the worker, which finds what is broken deeper inside. This is work for a thread.
 """
 
-import base64
 import binascii
 import io
 import re
 from collections.abc import Mapping
 from typing import Any
+
+import pybase64
 
 from supervisor.errors import Problem
 
@@ -46,7 +47,7 @@ def decode_base64(text: object, field: str) -> bytes:
         raise _refused(field, "it is not a base64 text")
     prefix = DATA_URL.match(text)
     try:
-        return base64.b64decode(text[prefix.end() :] if prefix else text, validate=True)
+        return pybase64.b64decode(text[prefix.end() :] if prefix else text, validate=True)
     except (binascii.Error, ValueError):
         raise _refused(field, "it is not valid base64") from None
 

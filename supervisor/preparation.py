@@ -1,7 +1,7 @@
 """From a request's body to a job's message: names to files, base64 to bytes, seeds drawn.
 
-Reads files and decodes base64, so it runs in a thread, but for the parameters'
-types, which are checked on the main thread first. Raises Problem.
+Reads files and decodes base64, so it runs in a thread, but for requests without pictures
+whose models were looked at a moment ago. Raises Problem.
 """
 
 import random
@@ -12,7 +12,7 @@ import msgspec
 from ipc import messages
 from supervisor import catalogue, infotext, pictures, schedulers
 from supervisor.errors import Problem
-from supervisor.models import Models, ResolvedModel
+from supervisor.models import Models, NotAtHand, ResolvedModel
 from supervisor.parameter_checks import PROMPTS
 from supervisor.requests import GenerateBody, expand, invalid
 from supervisor.settings import Settings
@@ -46,6 +46,15 @@ class Preparation:
     def __init__(self, settings: Settings, models: Models) -> None:
         self._settings = settings
         self._models = models
+
+    def at_once(self, body: GenerateBody, job_id: str) -> Prepared | None:
+        """Without blocking; None where pictures must be decoded or files looked at."""
+        if catalogue.picture_names() & body.parameters.keys():
+            return None
+        try:
+            return Preparation(self._settings, self._models.at_hand).prepare(body, job_id)
+        except NotAtHand:
+            return None
 
     def prepare(self, body: GenerateBody, job_id: str) -> Prepared:
         checkpoint = self._checkpoint(body.checkpoint)

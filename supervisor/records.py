@@ -39,10 +39,23 @@ class Record:
     problem: Problem | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     ended_at: float | None = None
+    _told_when_done: list[Callable[[], None]] = field(default_factory=list)
+
+    def when_done(self, told: Callable[[], None]) -> None:
+        """`told` is called once the answer is there, which may be at once."""
+        if self.done.is_set():
+            told()
+        else:
+            self._told_when_done.append(told)
+
+    def take(self, prepared: Prepared) -> None:
+        self.prepared, self.job.message = prepared, prepared.message
 
     def end(self, now: float, answer: bytes | None = None, problem: Problem | None = None) -> None:
         self.answer, self.problem, self.ended_at = answer, problem, now
         self.done.set()
+        for told in self._told_when_done:
+            told()
 
     def let_go(self) -> None:
         """Of what only the work needed: from now on its answer is all that is asked for."""

@@ -53,14 +53,8 @@ async def changes(record: Record) -> AsyncGenerator[Change, None]:
 
 async def done_or_gone(record: Record, receive: Receive) -> bool:
     """Waits for the answer; false when the caller hung up before it was there."""
-    async with anyio.create_task_group() as group:
-
-        async def listen() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            group.cancel_scope.cancel()
-
-        group.start_soon(listen)
-        await record.done.wait()
-        group.cancel_scope.cancel()
+    with anyio.CancelScope() as listening:
+        record.when_done(listening.cancel)
+        while (await receive())["type"] != "http.disconnect":
+            pass
     return record.done.is_set()

@@ -4,7 +4,6 @@ Pure: time and chance are arguments. Signatures follow the Standard Webhooks rul
 (https://www.standardwebhooks.com).
 """
 
-import base64
 import binascii
 import hashlib
 import hmac
@@ -15,6 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple, assert_never
 
 import msgspec
+import pybase64
 
 from supervisor.settings import Settings, SettingsError
 
@@ -72,6 +72,8 @@ def image_stored(image: str | bytes, batch_id: str, index: int, now: float, node
 
     A picture takes some milliseconds to encode: call from a thread.
     """
+    if isinstance(image, bytes):
+        image = pybase64.b64encode_as_string(image)
     return _body("image.stored", now, node, {"image": image, "batch_id": batch_id, "index": index})
 
 
@@ -87,7 +89,7 @@ def _body(event: str, now: float, node: object, told: Mapping[str, object]) -> b
 def signing_key(secret: str) -> bytes:
     """The key inside a `whsec_…` secret. Raises SettingsError."""
     try:
-        return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        return pybase64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except binascii.Error:
         raise SettingsError(
             "cannot use WEBHOOK_SECRET: what follows whsec_ is not base64"
@@ -98,7 +100,7 @@ def signature(key: bytes, identifier: str, timestamp: int, body: bytes) -> str:
     """The webhook-signature header, scheme v1: HMAC-SHA256 over id.timestamp.body."""
     signed = f"{identifier}.{timestamp}.".encode() + body
     digest = hmac.new(key, signed, hashlib.sha256).digest()
-    return "v1," + base64.b64encode(digest).decode()
+    return "v1," + pybase64.b64encode_as_string(digest)
 
 
 # Decisions

@@ -1,10 +1,10 @@
 """POST /generate and /generate/{PipelineClass}: pictures now, as a stream, or later."""
 
-import base64
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
+import pybase64
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -145,7 +145,7 @@ def described(change: Change) -> tuple[str, bytes]:
         case Progress():
             content = {"step": change.step, "steps": change.steps, "fraction": change.fraction}
         case Preview():
-            content = {"image": base64.b64encode(change.image).decode()}
+            content = {"image": pybase64.b64encode_as_string(change.image)}
         case _:
             content = {}
     return type(change).__name__.lower(), msgspec.json.encode(content)
