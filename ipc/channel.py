@@ -7,20 +7,20 @@ is held in memory. Each way in which a peer can go wrong has one exception.
 
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
 
 HEADER_BYTES = 4
-PAUSE_BYTES = 4096
-READ_AHEAD_BYTES = 4096
+READ_BYTES = 4096
 """Read at once, so that small frames need no read each for their header and their payload."""
 MAX_FRAME_BYTES = 256 * 2**20
 MAX_NAME = 80
 
 Outgoing = TypeVar("Outgoing")
 Incoming = TypeVar("Incoming")
+Buffer = bytes | bytearray | memoryview
 
 
 class PeerGone(Exception):
@@ -64,11 +64,11 @@ class Codec(Generic[Outgoing, Incoming]):
         frame[:HEADER_BYTES] = length.to_bytes(HEADER_BYTES, "big")
         return frame
 
-    def length(self, header: bytes | bytearray) -> int:
+    def length(self, header: Buffer) -> int:
         """The payload's length in bytes. Raises OversizedFrame past the cap."""
         return self._checked(int.from_bytes(header, "big"))
 
-    def decode(self, payload: bytes | bytearray) -> Incoming:
+    def decode(self, payload: Buffer) -> Incoming:
         """Raises UnknownMessage or MalformedMessage; never anything else."""
         try:
             return self._decoder.decode(payload)  # type: ignore[no-any-return]
@@ -82,7 +82,7 @@ class Codec(Generic[Outgoing, Incoming]):
             )
         return length
 
-    def _diagnosis(self, payload: bytes | bytearray, error: Exception) -> ProtocolError:
+    def _diagnosis(self, payload: Buffer, error: Exception) -> ProtocolError:
         try:
             content = msgspec.msgpack.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -133,12 +133,10 @@ Wait = Callable[[int], Awaitable[None]]
 
 
 class AsyncChannel(Generic[Outgoing, Incoming]):
-    """The supervisor's end: non-blocking, one task receives and one task sends.
+    """The supervisor's end: non-blocking. One task sends; whoever watches `read_fd` reads.
 
-    `wait_readable` and `wait_writable` suspend until a descriptor is ready;
-    `pause` lets other tasks run, called after every few small frames or a large one so that
-    a fast peer cannot keep the event loop to itself. A send that is cancelled leaves the pipe
-    unusable: close the channel after it.
+    `wait_writable` suspends until a descriptor is ready. A send that is cancelled leaves the pipe
+    unusable, as does an exception of `read`: close the channel after it.
     """
 
     def __init__(
@@ -147,21 +145,16 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
         write_fd: int,
         codec: Codec[Outgoing, Incoming],
         *,
-        wait_readable: Wait,
         wait_writable: Wait,
-        pause: Callable[[], Awaitable[None]],
     ) -> None:
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
-        self._read_fd = read_fd
+        self.read_fd = read_fd
         self._write_fd = write_fd
         self._codec = codec
-        self._wait_readable = wait_readable
         self._wait_writable = wait_writable
-        self._pause = pause
-        self._bytes_since_pause = 0
-        self._ahead = bytearray()
-        self._drained = False
+        self._buffer = bytearray(READ_BYTES)
+        self._filled = 0
 
     async def send(self, message: Outgoing) -> None:
         """Returns when the frame is in the pipe. Raises PeerGone or OversizedFrame."""
@@ -174,64 +167,45 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
             except BrokenPipeError as error:
                 raise PeerGone("cannot send: the peer closed its end") from error
 
-    async def receive_length(self) -> int:
-        """Waits for the next frame's header: the payload's length in bytes."""
-        while len(self._ahead) < HEADER_BYTES:
-            await self._read_ahead()
-        return self._codec.length(self._ahead[:HEADER_BYTES])
+    def read(self) -> Iterator[Incoming]:
+        """The messages that one more read makes whole; to be taken to the last.
 
-    def is_whole(self, length: int) -> bool:
-        """Whether the frame of this length needs no more waiting."""
-        return len(self._ahead) >= HEADER_BYTES + length
+        It does not wait, and takes small frames of READ_BYTES at most, so that a fast peer cannot
+        keep its reader to itself. Raises PeerGone or a ProtocolError, after the messages before it.
+        """
+        try:
+            count = os.readv(self.read_fd, [memoryview(self._buffer)[self._filled :]])
+        except BlockingIOError:
+            return
+        if count == 0:
+            raise _ended(self.is_within_frame)
+        self._filled += count
+        rest, size = memoryview(self._buffer)[: self._filled], READ_BYTES
+        while len(rest) >= HEADER_BYTES:
+            end = HEADER_BYTES + self._codec.length(rest[:HEADER_BYTES])
+            if len(rest) < end:
+                size = max(end, READ_BYTES)
+                break
+            payload, rest = rest[HEADER_BYTES:end], rest[end:]
+            yield self._codec.decode(payload)
+        self._keep(rest, size)
 
-    async def receive_payload(self, length: int) -> Incoming:
-        """The rest of a frame that has begun; callers put a deadline on it."""
-        end = HEADER_BYTES + length
-        payload = self._ahead[HEADER_BYTES:end]
-        del self._ahead[:end]
-        if len(payload) < length:
-            payload = await self._filled(payload, length)
-        self._bytes_since_pause += end
-        if self._bytes_since_pause >= PAUSE_BYTES:
-            self._bytes_since_pause = 0
-            await self._pause()
-        return self._codec.decode(payload)
-
-    async def receive(self) -> Incoming:
-        """The next message. Raises PeerGone or a ProtocolError."""
-        return await self.receive_payload(await self.receive_length())
+    @property
+    def is_within_frame(self) -> bool:
+        """Whether a frame has begun that is not whole."""
+        return self._filled > 0
 
     def close(self) -> None:
-        os.close(self._read_fd)
+        os.close(self.read_fd)
         os.close(self._write_fd)
 
-    async def _read_ahead(self) -> None:
-        if self._drained:
-            await self._wait_readable(self._read_fd)
-        try:
-            data = os.read(self._read_fd, READ_AHEAD_BYTES)
-        except BlockingIOError:
-            self._drained = True
+    def _keep(self, rest: memoryview, size: int) -> None:
+        """The beginning of a frame, in a buffer with room for all of it."""
+        if len(rest) == self._filled and size <= len(self._buffer):
             return
-        if not data:
-            raise _ended(within_frame=bool(self._ahead))
-        self._ahead += data
-        self._drained = len(data) < READ_AHEAD_BYTES
-
-    async def _filled(self, begun: bytearray, length: int) -> bytearray:
-        """A payload of this length, of which the beginning is there."""
-        buffer = begun.ljust(length, b"\0")
-        filled = len(begun)
-        while filled < length:
-            try:
-                count = os.readv(self._read_fd, [memoryview(buffer)[filled:]])
-            except BlockingIOError:
-                await self._wait_readable(self._read_fd)
-                continue
-            if count == 0:
-                raise _ended(within_frame=True)
-            filled += count
-        return buffer
+        if rest or size != len(self._buffer):
+            self._buffer = bytearray(rest).ljust(size, b"\0")
+        self._filled = len(rest)
 
 
 def _ended(within_frame: bool) -> PeerGone | CutFrame:

@@ -4,9 +4,9 @@ Knows when things happen and tells the fleet; decides nothing itself.
 """
 
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -18,6 +18,7 @@ from ipc import messages
 from ipc.channel import Codec, PeerGone, ProtocolError
 from supervisor import monitoring
 from supervisor.fleet import Fleet
+from supervisor.listening import listen
 from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
 from supervisor.worker_process import COMMAND, Exit, WorkerProcess
@@ -159,17 +160,8 @@ class Lives:
 
     async def _receive(self, worker: Worker, process: WorkerProcess, heard: anyio.Event) -> None:
         """Passes messages on until the worker's end is closed or talks nonsense."""
-        reason = "stopped within a frame"
         try:
-            with anyio.CancelScope() as frame:  # one for all frames: a scope is dear
-                while True:
-                    length = await process.channel.receive_length()
-                    if not process.channel.is_whole(length):
-                        frame.deadline = anyio.current_time() + FRAME_SECONDS
-                    message = await process.channel.receive_payload(length)
-                    if frame.deadline != math.inf:
-                        frame.deadline = math.inf
-                    self._fleet.received(worker, message)
+            await listen(process.channel, partial(self._fleet.received, worker), FRAME_SECONDS)
         except PeerGone:
             heard.set()
             reason = "closed its pipe and lived on"

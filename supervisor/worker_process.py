@@ -14,7 +14,6 @@ from contextlib import suppress
 
 import anyio
 import anyio.abc
-import anyio.lowlevel
 import msgspec
 
 from ipc.channel import AsyncChannel, Codec
@@ -74,9 +73,7 @@ class WorkerProcess:
             we_read,
             we_write,
             codec,
-            wait_readable=anyio.wait_readable,
             wait_writable=anyio.wait_writable,
-            pause=anyio.lowlevel.checkpoint,
         )
         descriptors = ("--read-fd", str(child_reads), "--write-fd", str(child_writes))
         try:

@@ -22,6 +22,7 @@ from ipc.channel import (
     ProtocolError,
     UnknownMessage,
 )
+from supervisor.listening import listen
 
 CAP = 4 * 2**20
 PROGRESS = m.Progress(job="j", phase="denoising", step=1, steps=2)
@@ -43,9 +44,7 @@ class Ends:
             self.supervisor_reads,
             self.supervisor_writes,
             Codec(m.FromWorker, CAP),
-            wait_readable=anyio.wait_readable,
             wait_writable=anyio.wait_writable,
-            pause=anyio.lowlevel.checkpoint,
         )
 
     def close(self, *descriptors: int) -> None:
@@ -66,14 +65,26 @@ def ends() -> Iterator[Ends]:
 
 
 def test_messages_pass_in_both_directions(ends: Ends) -> None:
-    async def exchange() -> None:
-        worker, supervisor = ends.worker(), ends.supervisor()
-        worker.send(PROGRESS)
-        assert await supervisor.receive() == PROGRESS
-        await supervisor.send(m.Cancel(job="j"))
-        assert worker.receive() == m.Cancel(job="j")
+    worker, supervisor = ends.worker(), ends.supervisor()
+    worker.send(PROGRESS)
+    assert list(supervisor.read()) == [PROGRESS]
+    assert list(supervisor.read()) == []
+    anyio.run(supervisor.send, m.Cancel(job="j"))
+    assert worker.receive() == m.Cancel(job="j")
 
-    anyio.run(exchange)
+
+async def heard(channel: AsyncChannel[m.ToWorker, m.FromWorker], count: int) -> list[m.FromWorker]:
+    """So many messages, as the supervisor hears them."""
+    messages: list[m.FromWorker] = []
+
+    def received(message: m.FromWorker) -> None:
+        messages.append(message)
+        if len(messages) == count:
+            raise EOFError
+
+    with pytest.raises(EOFError):
+        await listen(channel, received, frame_seconds=5)
+    return messages
 
 
 def frame(payload: bytes) -> bytes:
@@ -104,30 +115,18 @@ WRONG: list[tuple[str, bytes, type[Exception]]] = [
 def test_the_supervisor_tells_each_wrong_end_apart(
     ends: Ends, sent: bytes, expected: type[Exception]
 ) -> None:
-    async def receive() -> None:
-        os.write(ends.worker_writes, sent)
-        ends.close(ends.worker_writes)
-        with pytest.raises(expected) as raised:
-            await ends.supervisor().receive()
-        assert type(raised.value) is expected
-
-    # A frame of 100 kB does not fit a pipe at once: a thread writes it.
-    if len(sent) < 60_000:
-        anyio.run(receive)
-    else:
-        _receive_with_a_writer(ends, sent, expected)
-
-
-def _receive_with_a_writer(ends: Ends, sent: bytes, expected: type[Exception]) -> None:
     def write() -> None:
-        os.write(ends.worker_writes, sent)
+        os.write(ends.worker_writes, frame(msgspec.msgpack.encode(PROGRESS)) + sent)
         os.close(ends.worker_writes)
 
-    writer = threading.Thread(target=write)
+    writer = threading.Thread(target=write)  # a frame of 100 kB does not fit a pipe at once
     writer.start()
-    with pytest.raises(expected):
-        anyio.run(ends.supervisor().receive)
+    messages: list[m.FromWorker] = []
+    with pytest.raises(expected) as raised:
+        anyio.run(listen, ends.supervisor(), messages.append, 5)
     writer.join()
+    assert type(raised.value) is expected
+    assert messages == [PROGRESS], "what came before it was heard"
 
 
 # The two with a field amiss are messages that only a worker sends.
@@ -193,9 +192,9 @@ def test_two_megabyte_frames_stream_without_holding_up_the_loop(ends: Ends) -> N
             group.start_soon(ticker, late)
             sender.start()
             began = time.monotonic()
-            for _ in range(frames):
-                assert len((await supervisor.receive()).data) == size  # type: ignore[union-attr]
+            pictures = await heard(supervisor, frames)
             group.cancel_scope.cancel()
+            assert all(picture.data == each.data for each in pictures)  # type: ignore[union-attr]
         return frames * size / (time.monotonic() - began), max(late)
 
     rate, latest = anyio.run(receive)
@@ -212,29 +211,47 @@ async def ticker(late: list[float], now: Callable[[], float] = time.monotonic) -
 
 
 def test_frames_that_come_together_or_in_crumbs_are_each_read_whole(ends: Ends) -> None:
-    frames = [frame(msgspec.msgpack.encode(PROGRESS)), frame(msgspec.msgpack.encode(LARGE))]
+    small, large = (frame(msgspec.msgpack.encode(message)) for message in (PROGRESS, LARGE))
+    supervisor = ends.supervisor()
+    os.write(ends.worker_writes, small * 2 + large + small)
+    assert list(supervisor.read()) == [PROGRESS] * 2
+    assert supervisor.is_within_frame  # the large one, of which no more was read at once
+    assert list(supervisor.read()) == [LARGE]
+    assert not supervisor.is_within_frame
+    assert list(supervisor.read()) == [PROGRESS]
+    for byte in small[:-1]:
+        os.write(ends.worker_writes, bytes([byte]))
+        assert list(supervisor.read()) == []
+        assert supervisor.is_within_frame
+    os.write(ends.worker_writes, small[-1:] + small[:2])
+    assert list(supervisor.read()) == [PROGRESS]
+    os.write(ends.worker_writes, small[2:])
+    assert list(supervisor.read()) == [PROGRESS]
 
-    async def exchange() -> None:
-        supervisor = ends.supervisor()
-        os.write(ends.worker_writes, b"".join(frames))
-        assert not supervisor.is_whole(0)
-        length = await supervisor.receive_length()
-        assert supervisor.is_whole(length)
-        assert await supervisor.receive_payload(length) == PROGRESS
-        length = await supervisor.receive_length()
-        assert not supervisor.is_whole(length)  # it is larger than what is read at once
-        assert await supervisor.receive_payload(length) == LARGE
 
-        async def crumble() -> None:
-            for byte in frames[0]:
-                os.write(ends.worker_writes, bytes([byte]))
-                await anyio.lowlevel.checkpoint()
+def test_a_frame_that_is_not_whole_in_time_is_cut(ends: Ends) -> None:
+    os.write(ends.worker_writes, frame(msgspec.msgpack.encode(PROGRESS))[:-1])
+    with pytest.raises(CutFrame, match=r"not whole after 0\.05 s"):
+        anyio.run(listen, ends.supervisor(), print, 0.05)
 
-        async with anyio.create_task_group() as group:
-            group.start_soon(crumble)
-            assert await supervisor.receive() == PROGRESS
 
-    anyio.run(exchange)
+def test_each_frame_has_its_own_time(ends: Ends) -> None:
+    """Every write ends within a frame, and all of them take longer than one frame may."""
+    whole = frame(msgspec.msgpack.encode(PROGRESS))
+
+    def write() -> None:
+        os.write(ends.worker_writes, whole[:3])
+        for _ in range(10):
+            time.sleep(0.1)
+            os.write(ends.worker_writes, whole[3:] + whole[:3])
+        os.close(ends.worker_writes)
+
+    writer, messages = threading.Thread(target=write), list[m.FromWorker]()
+    writer.start()
+    with pytest.raises(CutFrame, match="closed its end"):
+        anyio.run(listen, ends.supervisor(), messages.append, 0.7)
+    writer.join()
+    assert messages == [PROGRESS] * 10
 
 
 def test_many_small_frames_do_not_hold_up_the_loop(ends: Ends) -> None:
@@ -248,12 +265,10 @@ def test_many_small_frames_do_not_hold_up_the_loop(ends: Ends) -> None:
             await anyio.lowlevel.checkpoint()
 
     async def exchange() -> None:
-        supervisor = ends.supervisor()
         os.write(ends.worker_writes, many)
         async with anyio.create_task_group() as group:
             group.start_soon(count)
-            for _ in range(1000):
-                assert await supervisor.receive() == PROGRESS
+            assert await heard(ends.supervisor(), 1000) == [PROGRESS] * 1000
             group.cancel_scope.cancel()
 
     anyio.run(exchange)
