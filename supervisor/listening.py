@@ -19,7 +19,7 @@ async def listen(
     listener = _Listener(channel, received, frame_seconds)
     listener.loop.add_reader(channel.read_fd, listener.readable)
     try:
-        return await listener.over
+        await listener.over
     finally:
         listener.stop()
 
