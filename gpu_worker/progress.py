@@ -30,7 +30,7 @@ class JobProgress:
 
     def __post_init__(self) -> None:
         self.calls = [CallProgress(self, index) for index in range(len(self.work.calls))]
-        self._told_at: float | None = None
+        self._told: tuple[Phase, float] | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -41,8 +41,8 @@ class JobProgress:
     def tell(self, phase: Phase) -> None:
         self.check()
         pace = self.work.progress_seconds
-        last, self._told_at = self._told_at, time.monotonic() // pace if pace else None
-        if pace and last == self._told_at:
+        last, self._told = self._told, (phase, time.monotonic() // pace if pace else 0.0)
+        if pace and last == self._told:
             return
         step = sum(call.steps_done for call in self.calls)
         longest = max(call.steps for call in self.calls)

@@ -214,7 +214,8 @@ class Fleet:
             worker.process.kill()
         if worker.state is WorkerState.STOPPING and before is not WorkerState.STOPPING:
             worker.cause = worker.cause or Cause(CauseKind.PLANNED, "was stopped")
-            worker.post(messages.Shutdown())
+            if event is not WorkerEvent.FATAL_REPORTED:  # then it exits by itself
+                worker.post(messages.Shutdown())
 
     def _ended(self, worker: Worker, cause: Cause) -> None:
         jobs = worker.gone()

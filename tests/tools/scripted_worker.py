@@ -139,7 +139,7 @@ class ScriptedRunner:
         self.state = state
         self.lock = threading.Lock()
         self.cancelled: dict[str, threading.Event] = {}
-        self.told: dict[str, float | None] = {}
+        self.told: dict[str, tuple[str, float]] = {}
         self.models: dict[str, m.Resident] = {}
         self.jobs: queue.SimpleQueue[loop.Work] = queue.SimpleQueue()
         capacity = int(self.defaults.get("capacity", 1))
@@ -229,9 +229,9 @@ class ScriptedRunner:
     def progress(self, work: m.Generate | m.Load, phase: m.Phase, step: int, steps: int) -> None:
         self.pause(work.job, 0)
         pace = work.progress_seconds if isinstance(work, m.Generate) else 0.0
-        last, now = self.told.get(work.job), time.monotonic() // pace if pace else None
+        last, now = self.told.get(work.job), (phase, time.monotonic() // pace if pace else 0.0)
         if not pace or last != now:
-            self.told[work.job] = None if phase == "loading" else now
+            self.told[work.job] = now
             self.send(m.Progress(job=work.job, phase=phase, step=step, steps=steps))
 
     def pause(self, job: str, seconds: float) -> None:
