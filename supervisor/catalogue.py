@@ -8,7 +8,7 @@ the families a class fits, and which class follows from the inputs, is decided h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -61,7 +61,7 @@ class Parameter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "picture" in self.type
 
 
-class Pipeline(msgspec.Struct, frozen=True):
+class Pipeline(msgspec.Struct, frozen=True, dict=True):
     """One Diffusers class that is served."""
 
     name: str
@@ -72,18 +72,18 @@ class Pipeline(msgspec.Struct, frozen=True):
     optional_components: tuple[str, ...]
     parameters: Mapping[str, Parameter]
 
-    @property
+    @cached_property
     def pictures(self) -> tuple[str, ...]:
         """The parameters that are pictures, by the callers' names."""
         return tuple(name for name, item in self.parameters.items() if item.is_picture)
 
-    @property
+    @cached_property
     def defaults(self) -> Mapping[str, Any]:
         """The pipeline's own defaults, of the parameters that have one."""
         items = self.parameters.items()
         return {name: item.default for name, item in items if item.default is not UNSET}
 
-    @property
+    @cached_property
     def call_names(self) -> Mapping[str, str]:
         """The callers' names -> the call's names; without what never reaches the call."""
         items = self.parameters.items()

@@ -44,7 +44,7 @@ DEMO: dict[tuple[Kind, str], str] = {
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 4
 MAX_REMEMBERED = 1000
-FRESH_SECONDS = 1.0
+FRESH_SECONDS = 5.0
 """How long what was found of a model's files is taken as it was."""
 
 T = TypeVar("T")
@@ -94,8 +94,8 @@ class Models:
     ) -> ResolvedModel:
         """A single file's configuration may be that of its `checkpoint`.
 
-        What was looked at within the last second is not looked at again: that takes a hundred
-        system calls a request. Raises Problem for `field`, which is the request's usual one for
+        What was looked at within FRESH_SECONDS is not looked at again: that takes a hundred system
+        calls a request. Raises Problem for `field`, which is the request's usual one for
         this kind.
         """
         key = (kind, name, None if checkpoint is None else checkpoint.model)
@@ -226,7 +226,7 @@ class Models:
 
 
 class ModelsAtHand(Models):
-    """What others looked at within the last second. Raises NotAtHand for everything else."""
+    """What others looked at within FRESH_SECONDS. Raises NotAtHand for everything else."""
 
     def __init__(self, models: Models) -> None:
         self._now, self._looked_at = models._now, models._looked_at

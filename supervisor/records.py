@@ -39,9 +39,9 @@ class Record:
     problem: Problem | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
     ended_at: float | None = None
-    _told_when_done: list[Callable[[], None]] = field(default_factory=list)
+    _told_when_done: list[Callable[[], object]] = field(default_factory=list)
 
-    def when_done(self, told: Callable[[], None]) -> None:
+    def when_done(self, told: Callable[[], object]) -> None:
         """`told` is called once the answer is there, which may be at once."""
         if self.done.is_set():
             told()

@@ -53,7 +53,6 @@ def sdxl(root: Path) -> Path:
 
 @pytest.fixture
 def models(root: Path) -> Models:
-    """Each look at its clock is a second later, so that it looks at files every time."""
-    return Models(
-        Settings(model_dir=root, data_dir=root.parent / "data"), clock=itertools.count().__next__
-    )
+    """Each look at its clock is so much later that it looks at files every time."""
+    clock = itertools.count(step=models_module.FRESH_SECONDS).__next__
+    return Models(Settings(model_dir=root, data_dir=root.parent / "data"), clock=clock)

@@ -183,9 +183,9 @@ def test_what_was_looked_at_a_moment_ago_is_not_looked_at_again(root: Path) -> N
     models = Models(Settings(model_dir=root), clock=lambda: now)
     models.resolve("checkpoint", "sd15")
     broken(root, {"vae/diffusion_pytorch_model.safetensors": b"\x80\x04."})
-    now = 0.9
+    now = models_module.FRESH_SECONDS - 0.1
     assert models.resolve("checkpoint", "sd15").model.family == "sd15"
-    now = 1.0
+    now = models_module.FRESH_SECONDS
     assert refusal(models, "checkpoint", "sd15").code == "invalid_model"
 
 
