@@ -5,7 +5,7 @@ placement and suspects. Knows workers as what jobs run on, and nothing of their 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, assert_never
 
 from ipc import messages
@@ -64,10 +64,12 @@ class Work:
 
     def submitted(self, job: Job) -> None:
         """Accepts the job, or raises Problem. Its outcome comes with jobs.Ended."""
-        problem = admission.refusal(self._situation(job))
+        views = self._views()
+        problem = admission.refusal(self._situation(job, views))
         if problem is not None:
             self._refuse(problem)
-        self.prepared(job)
+        self.queued[job.id] = job
+        self.dispatch(views)
 
     def asked(self) -> None:
         """Somebody wants a job that is not prepared yet. Raises Problem while draining."""
@@ -155,14 +157,17 @@ class Work:
         """Queued jobs and the worker that each would run on as things stand."""
         return {placed.job: placed.worker for placed in self._plan(self._ordered())}
 
-    def dispatch(self) -> None:
-        """Sends every job that can go, and tells the rest where they stand."""
+    def dispatch(self, views: Sequence[placement.WorkerView] = ()) -> None:
+        """Sends every job that can go, and tells the rest where they stand.
+
+        `views` are those of the ready workers, where they are known already.
+        """
         if not self.queued:
             return
         ordered = self._ordered()
         if any(len(worker.running) < worker.capacity for worker in self._ready()):
             jobs = [job.view(self.estimates) for job in ordered]
-            for id, worker_id in placement.dispatches(jobs, self._views()):
+            for id, worker_id in placement.dispatches(jobs, views or self._views()):
                 self._send(self.queued.pop(id), self._workers[worker_id])
         waiting = [job for job in ordered if job.id in self.queued]
         for position, job in enumerate(waiting, 1):
@@ -204,7 +209,7 @@ class Work:
         self._observers.tell(lambda observer: observer.job_refused(problem.code))
         raise problem
 
-    def _situation(self, job: Job) -> admission.Situation:
+    def _situation(self, job: Job, views: Sequence[placement.WorkerView]) -> admission.Situation:
         settings, full = self._settings, len(self.queued) >= self._settings.max_queue
         return admission.Situation(
             draining=self.draining,
@@ -214,7 +219,7 @@ class Work:
             queued=len(self.queued),
             max_queue=settings.max_queue,
             place_seconds=self._place_seconds() if full else 1.0,
-            expected_seconds=None if full else self._expected_seconds(job),
+            expected_seconds=None if full else self._expected_seconds(job, views),
             left_seconds=job.deadline - self._now(),
         )
 
@@ -227,10 +232,9 @@ class Work:
         plan = self._plan(self._ordered())
         return min((placed.completion_seconds for placed in plan), default=1.0)
 
-    def _expected_seconds(self, job: Job) -> float | None:
+    def _expected_seconds(self, job: Job, views: Sequence[placement.WorkerView]) -> float | None:
         """Only from measured steps: a guess refuses nobody. Spares itself the plan when
         all that waits, one after the other, would be done in time."""
-        views = self._views()
         if not views or not self.estimates.steps.knows(job.kind):
             return None
         jobs = [other.view(self.estimates) for other in [*self.queued.values(), job]]
