@@ -5,7 +5,10 @@ the pipe is seen at once, whatever the device is busy with.
 """
 
 import os
+import queue
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, assert_never
@@ -18,6 +21,7 @@ from ipc.messages import (
     FromWorker,
     Generate,
     Load,
+    Progress,
     Shutdown,
     Start,
     ToWorker,
@@ -28,7 +32,6 @@ EXIT_FATAL = 70
 EXIT_PROTOCOL = 76
 
 Channel = BlockingChannel[FromWorker, ToWorker]
-Send = Callable[[FromWorker], None]
 Work = Generate | Load | Unload
 
 
@@ -40,6 +43,12 @@ class Runner(Protocol):
 
     def cancel(self, job: str) -> None:
         """End a job at its next step; nothing happens where there is no such job."""
+
+
+class Send(Protocol):
+    """Any thread may call it. What may be late, for so many seconds, is sent together."""
+
+    def __call__(self, message: FromWorker, late_seconds: float = 0.0, /) -> None: ...
 
 
 MakeRunner = Callable[[Start, Send], Runner]
@@ -54,7 +63,7 @@ def serve(channel: Channel, make_runner: MakeRunner) -> int:
             channel.send(Fatal(reason="protocol", detail=problem))
             return EXIT_PROTOCOL
         assert isinstance(start, Start)
-        return _serve(channel, make_runner(start, sender(channel)))
+        return _serve(channel, make_runner(start, Sender(channel)))
     except PeerGone:
         return 0
     except ProtocolError as error:
@@ -75,16 +84,41 @@ def refusal(first: ToWorker) -> str | None:
     return None
 
 
-def sender(channel: Channel) -> Send:
-    """A send for the runner's threads: without a supervisor there is nothing left to do."""
+class Sender:
+    """A send for the runner's threads: without a supervisor there is nothing left to do.
 
-    def send(message: FromWorker) -> None:
+    Each message wakes the supervisor up, so signs of progress that may be late wait for other
+    messages or the end of their time, and newer ones of the same job replace them.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._sending = threading.Lock()
+        self._late: dict[str, Progress] = {}
+        self._deadlines: queue.SimpleQueue[float] = queue.SimpleQueue()
+        threading.Thread(target=self._keep_deadlines, name="late", daemon=True).start()
+
+    def __call__(self, message: FromWorker, late_seconds: float = 0.0, /) -> None:
+        with self._sending:
+            if late_seconds and isinstance(message, Progress):
+                if not self._late:
+                    self._deadlines.put(time.monotonic() + late_seconds)
+                self._late[message.job] = message
+            else:
+                self._send(message)
+
+    def _keep_deadlines(self) -> None:
+        while True:
+            time.sleep(max(self._deadlines.get() - time.monotonic(), 0))
+            with self._sending:
+                self._send()
+
+    def _send(self, *messages: FromWorker) -> None:
+        late, self._late = self._late, {}
         try:
-            channel.send(message)
+            self._channel.send(*late.values(), *messages)
         except PeerGone:
             os._exit(0)
-
-    return send
 
 
 def _serve(channel: Channel, runner: Runner) -> int:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_worker import images
-from ipc.messages import FromWorker, Generate, Phase, Preview, Progress
+from gpu_worker.loop import Send
+from ipc.messages import Generate, Phase, Preview, Progress
 
 Factors = tuple[tuple[float, ...], ...] | None
 
@@ -24,13 +25,12 @@ class JobProgress:
 
     work: Generate
     check: Callable[[], None]
-    send: Callable[[FromWorker], None]
+    send: Send
     encoders: Executor
     factors: Factors = None
 
     def __post_init__(self) -> None:
         self.calls = [CallProgress(self, index) for index in range(len(self.work.calls))]
-        self._told: tuple[Phase, float] | None = None
 
     @property
     def step_seconds(self) -> float | None:
@@ -40,14 +40,11 @@ class JobProgress:
 
     def tell(self, phase: Phase) -> None:
         self.check()
-        pace = self.work.progress_seconds
-        last, self._told = self._told, (phase, time.monotonic() // pace if pace else 0.0)
-        if pace and last == self._told:
-            return
         step = sum(call.steps_done for call in self.calls)
         longest = max(call.steps for call in self.calls)
         steps = sum(call.steps or longest for call in self.calls)
-        self.send(Progress(job=self.work.job, phase=phase, step=step, steps=steps))
+        progress = Progress(job=self.work.job, phase=phase, step=step, steps=steps)
+        self.send(progress, self.work.progress_seconds)
 
     def preview(self, index: int, latents: Any) -> None:
         picture = images.preview(latents, self.factors)

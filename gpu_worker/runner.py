@@ -168,7 +168,8 @@ class BatchingRunner:
         checkpoints that are in the way."""
         if not job.told:
             job.told = True
-            self._send(Progress(job=job.id, phase="loading"))
+            late = job.work.progress_seconds if isinstance(job.work, Generate) else 0.0
+            self._send(Progress(job=job.id, phase="loading"), late)
         alone, claims, told = task.alone, task.claims, list[tuple[str, ...]]()
 
         def put_off(missing_bytes: int) -> None:

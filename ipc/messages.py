@@ -136,7 +136,7 @@ class Generate(Message, frozen=True, kw_only=True):
     """Nothing else runs beside it: set after a worker died under this job."""
     priority: int = 0
     progress_seconds: float = 0.0
-    """One Progress of a phase in each such span of the clock; 0: one for every step."""
+    """How late signs of progress may come, the newest instead of all; 0: each at once."""
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -181,8 +181,7 @@ class Ready(Message, frozen=True, kw_only=True):
 class Progress(Message, frozen=True, kw_only=True):
     """A job moved on; `step` of `steps` counts over all of the job's calls.
 
-    A change of phase is always told, steps of one phase as `progress_seconds` says: by spans of the
-    clock, so that jobs that share their steps tell of them together.
+    At every change of phase and every step, or the newest of them within `progress_seconds`.
     """
 
     job: str

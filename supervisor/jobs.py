@@ -15,7 +15,7 @@ import msgspec
 from ipc import messages
 from supervisor.errors import Problem
 from supervisor.estimates import Estimates
-from supervisor.placement import JobView, slowdown
+from supervisor.placement import JobView
 from supervisor.states import (
     ENDED_JOB_STATES,
     ImpossibleTransition,
@@ -30,7 +30,7 @@ SECONDS_PER_PRIORITY = 2.0
 GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
-UNFOLLOWED_SECONDS = 1.0
+UNFOLLOWED_SECONDS = 0.25
 """Between two signs of progress where nobody looks: each costs the supervisor a wake-up."""
 
 
@@ -218,12 +218,8 @@ class Job:
         steps = max(self.expected_steps() - self.step, 0)
         return steps * estimates.steps.expected(self.kind)
 
-    def running_seconds(self, estimates: Estimates, rows: int, now: float) -> float:
-        """Where it runs beside others, `rows` in all: the steps that are left, by what it said last
-        and the time since then, and the swap while that is not over."""
-        if self.phase == "denoising":
-            since = (now - self.moved_at) / slowdown(rows)
-            return max(self.work_seconds(estimates) - since, 0.0)
+    def running_seconds(self, estimates: Estimates) -> float:
+        """Where it runs: the steps that are left, and the swap while that is not over."""
         loading = self.swaps and self.phase in (None, "loading")
         swap = estimates.swaps.expected(self.model) if loading else 0.0
         return swap + self.work_seconds(estimates)

@@ -162,13 +162,12 @@ class Worker:
     def has_stayed_up(self, now: float) -> bool:
         return self.state is WorkerState.READY and now - self.state_since > STAY_UP_SECONDS
 
-    def view(self, estimates: Estimates, now: float) -> WorkerView:
-        running, rows = self.running.values(), len(self.running)
+    def view(self, estimates: Estimates) -> WorkerView:
         return WorkerView(
             id=self.id,
             capacity=self.capacity,
-            running_seconds=tuple(job.running_seconds(estimates, rows, now) for job in running),
-            exclusive=any(job.alone for job in running),
+            running_seconds=tuple(job.running_seconds(estimates) for job in self.running.values()),
+            exclusive=any(job.alone for job in self.running.values()),
             resident=self.resident,
         )
 

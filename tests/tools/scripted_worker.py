@@ -139,7 +139,6 @@ class ScriptedRunner:
         self.state = state
         self.lock = threading.Lock()
         self.cancelled: dict[str, threading.Event] = {}
-        self.told: dict[str, tuple[str, float]] = {}
         self.models: dict[str, m.Resident] = {}
         self.jobs: queue.SimpleQueue[loop.Work] = queue.SimpleQueue()
         capacity = int(self.defaults.get("capacity", 1))
@@ -168,7 +167,6 @@ class ScriptedRunner:
             except Ended:
                 pass
             self.cancelled.pop(work.job, None)
-            self.told.pop(work.job, None)
 
     def run(self, work: loop.Work) -> None:
         match work:
@@ -228,11 +226,9 @@ class ScriptedRunner:
 
     def progress(self, work: m.Generate | m.Load, phase: m.Phase, step: int, steps: int) -> None:
         self.pause(work.job, 0)
-        pace = work.progress_seconds if isinstance(work, m.Generate) else 0.0
-        last, now = self.told.get(work.job), (phase, time.monotonic() // pace if pace else 0.0)
-        if not pace or last != now:
-            self.told[work.job] = now
-            self.send(m.Progress(job=work.job, phase=phase, step=step, steps=steps))
+        late_seconds = work.progress_seconds if isinstance(work, m.Generate) else 0.0
+        told = m.Progress(job=work.job, phase=phase, step=step, steps=steps)
+        self.send(told, late_seconds)
 
     def pause(self, job: str, seconds: float) -> None:
         if self.cancelled[job].wait(seconds):

@@ -218,21 +218,11 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert one.running_seconds(measured(), 1, 1.0) == 3 + 5
+    assert one.running_seconds(measured()) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert one.running_seconds(measured(), 1, 2.5) == 3 + 5
+    assert one.running_seconds(measured()) == 3 + 5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured(), 1, 2.0) == 4.5
-
-
-def test_steps_are_taken_to_go_on_since_the_job_was_heard_of() -> None:
-    one, _ = started()
-    one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured(), 1, 3.0) == 3.5
-    assert one.running_seconds(measured(), 5, 3.0) == 4.25  # a step of five rows takes four times
-    assert one.running_seconds(measured(), 1, 99.0) == 0
-    one.moved(progress("decoding", 10, 10), 100.0)
-    assert one.running_seconds(measured(), 1, 101.0) == 0
+    assert one.running_seconds(measured()) == 4.5
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:
