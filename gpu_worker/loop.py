@@ -95,6 +95,7 @@ class Sender:
         self._channel = channel
         self._sending = threading.Lock()
         self._late: dict[str, Progress] = {}
+        self._deadline = 0.0
         self._deadlines: queue.SimpleQueue[float] = queue.SimpleQueue()
         threading.Thread(target=self._keep_deadlines, name="late", daemon=True).start()
 
@@ -102,16 +103,19 @@ class Sender:
         with self._sending:
             if late_seconds and isinstance(message, Progress):
                 if not self._late:
-                    self._deadlines.put(time.monotonic() + late_seconds)
+                    self._deadline = time.monotonic() + late_seconds
+                    self._deadlines.put(self._deadline)
                 self._late[message.job] = message
             else:
                 self._send(message)
 
     def _keep_deadlines(self) -> None:
         while True:
-            time.sleep(max(self._deadlines.get() - time.monotonic(), 0))
+            deadline = self._deadlines.get()
+            time.sleep(max(deadline - time.monotonic(), 0))
             with self._sending:
-                self._send()
+                if self._late and deadline == self._deadline:  # else they have gone before
+                    self._send()
 
     def _send(self, *messages: FromWorker) -> None:
         late, self._late = self._late, {}

@@ -1,4 +1,4 @@
-"""Frames over a pair of private pipes: a blocking end and an asynchronous end.
+"""Frames over a pair of private pipes: an end that blocks and one that never does.
 
 A frame is its payload's length as four bytes, big-endian, then one MessagePack
 message. A frame that says it is longer than the cap is refused before any of it
@@ -7,7 +7,8 @@ is held in memory. Each way in which a peer can go wrong has one exception.
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar, get_args
 
 import msgspec
@@ -132,50 +133,59 @@ class BlockingChannel(Generic[Outgoing, Incoming]):
             filled += count
 
 
-Wait = Callable[[int], Awaitable[None]]
+class NonBlockingChannel(Generic[Outgoing, Incoming]):
+    """The supervisor's end: never waits. Whoever watches the descriptors calls `read` and `flush`.
 
-
-class AsyncChannel(Generic[Outgoing, Incoming]):
-    """The supervisor's end: non-blocking. One task sends; whoever watches `read_fd` reads.
-
-    `wait_writable` suspends until a descriptor is ready. A send that is cancelled leaves the pipe
-    unusable, as does an exception of `read`: close the channel after it.
+    What raises leaves the pipe unusable, but for an OversizedFrame of `send`: close it then.
     """
 
-    def __init__(
-        self,
-        read_fd: int,
-        write_fd: int,
-        codec: Codec[Outgoing, Incoming],
-        *,
-        wait_writable: Wait,
-    ) -> None:
+    def __init__(self, read_fd: int, write_fd: int, codec: Codec[Outgoing, Incoming]) -> None:
         os.set_blocking(read_fd, False)
         os.set_blocking(write_fd, False)
         self.read_fd = read_fd
-        self._write_fd = write_fd
+        self.write_fd = write_fd
         self._codec = codec
-        self._wait_writable = wait_writable
         self._buffer = bytearray(READ_BYTES)
         self._filled = 0
+        self._unsent: deque[memoryview] = deque()
 
-    async def send(self, message: Outgoing) -> None:
-        """Returns when the frame is in the pipe. Raises PeerGone or OversizedFrame."""
-        view = memoryview(self._codec.encode(message))
-        while view:
+    def send(self, message: Outgoing) -> bool:
+        """Whether all of it is in the pipe; what is not goes with `flush`, once `write_fd` is
+        ready. Raises PeerGone or OversizedFrame."""
+        self._unsent.append(memoryview(self._codec.encode(message)))
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Whether nothing is left to be sent. Raises PeerGone."""
+        while self._unsent:
             try:
-                view = view[os.write(self._write_fd, view) :]
+                count = os.write(self.write_fd, self._unsent[0])
             except BlockingIOError:
-                await self._wait_writable(self._write_fd)
+                return False
             except BrokenPipeError as error:
                 raise PeerGone("cannot send: the peer closed its end") from error
+            if rest := self._unsent.popleft()[count:]:
+                self._unsent.appendleft(rest)
+        return True
 
     def read(self) -> Iterator[Incoming]:
-        """The messages that one more read makes whole; to be taken to the last.
+        """The messages that are whole by now, but no more small ones than READ_BYTES hold, so that
+        a fast peer cannot keep its reader to itself; to be taken to the last. Raises PeerGone or a
+        ProtocolError, after the messages before it."""
+        yield from self._read()
+        if len(self._buffer) > READ_BYTES:  # a large one has begun
+            yield from self._read()
 
-        It does not wait, and takes small frames of READ_BYTES at most, so that a fast peer cannot
-        keep its reader to itself. Raises PeerGone or a ProtocolError, after the messages before it.
-        """
+    @property
+    def is_within_frame(self) -> bool:
+        """Whether a frame has begun that is not whole."""
+        return self._filled > 0
+
+    def close(self) -> None:
+        os.close(self.read_fd)
+        os.close(self.write_fd)
+
+    def _read(self) -> Iterator[Incoming]:
         try:
             count = os.readv(self.read_fd, [memoryview(self._buffer)[self._filled :]])
         except BlockingIOError:
@@ -192,15 +202,6 @@ class AsyncChannel(Generic[Outgoing, Incoming]):
             payload, rest = rest[HEADER_BYTES:end], rest[end:]
             yield self._codec.decode(payload)
         self._keep(rest, size)
-
-    @property
-    def is_within_frame(self) -> bool:
-        """Whether a frame has begun that is not whole."""
-        return self._filled > 0
-
-    def close(self) -> None:
-        os.close(self.read_fd)
-        os.close(self._write_fd)
 
     def _keep(self, rest: memoryview, size: int) -> None:
         """The beginning of a frame, in a buffer with room for all of it."""

@@ -3,6 +3,7 @@
 Knows when things happen and tells the fleet; decides nothing itself.
 """
 
+import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,12 @@ from typing import Any
 import anyio
 import anyio.abc
 from anyio import to_thread
-from anyio.streams.memory import MemoryObjectReceiveStream
 
 from ipc import messages
 from ipc.channel import Codec, PeerGone, ProtocolError
 from supervisor import monitoring
+from supervisor.conversation import Conversation
 from supervisor.fleet import Fleet
-from supervisor.listening import listen
 from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
 from supervisor.worker_process import COMMAND, Exit, WorkerProcess
@@ -100,15 +100,14 @@ class Lives:
         self._fleet.worker_exited(worker, exit)
 
     async def _until_exit(self, worker: Worker, process: WorkerProcess) -> Exit:
-        outgoing, queue = anyio.create_memory_object_stream[Any](float("inf"))
-        with outgoing, queue:
-            self._fleet.worker_spawned(worker, process, outgoing.send_nowait)
-            outgoing.send_nowait(self._begin(worker))
+        received = partial(self._fleet.received, worker)
+        with Conversation(process.channel, received, FRAME_SECONDS) as conversation:
+            self._fleet.worker_spawned(worker, process, partial(self._say, worker, conversation))
+            conversation.say(self._begin(worker))
             async with anyio.create_task_group() as group:
                 heard, printed = anyio.Event(), anyio.Event()
                 group.start_soon(self._print, worker, process, printed)
-                group.start_soon(self._send, worker, process, queue)
-                group.start_soon(self._receive, worker, process, heard)
+                group.start_soon(self._hear, worker, conversation, heard)
                 exit = await process.wait()
                 # What it said before it ended is still in the pipes.
                 with anyio.move_on_after(LAST_WORDS_SECONDS):
@@ -146,22 +145,18 @@ class Lives:
                 worker_log.info(line, extra={"worker": worker.id})
         printed.set()
 
-    async def _send(
-        self, worker: Worker, process: WorkerProcess, queue: MemoryObjectReceiveStream[Any]
-    ) -> None:
-        async for message in queue:
-            try:
-                await process.channel.send(message)
-            except PeerGone:
-                return  # the receiver finds out and says so
-            except ProtocolError as error:
-                answer = messages.Failed(job=message.job, code="invalid_request", detail=str(error))
-                self._fleet.received(worker, answer)
-
-    async def _receive(self, worker: Worker, process: WorkerProcess, heard: anyio.Event) -> None:
-        """Passes messages on until the worker's end is closed or talks nonsense."""
+    def _say(self, worker: Worker, conversation: Conversation, message: Any) -> None:
         try:
-            await listen(process.channel, partial(self._fleet.received, worker), FRAME_SECONDS)
+            conversation.say(message)
+        except ProtocolError as error:
+            answer = messages.Failed(job=message.job, code="invalid_request", detail=str(error))
+            # Not at once: whoever sends jobs is in the midst of it.
+            asyncio.get_running_loop().call_soon(self._fleet.received, worker, answer)
+
+    async def _hear(self, worker: Worker, conversation: Conversation, heard: anyio.Event) -> None:
+        """Until the worker's end is closed or it talks nonsense."""
+        try:
+            await conversation.ended()
         except PeerGone:
             heard.set()
             reason = "closed its pipe and lived on"

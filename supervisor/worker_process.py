@@ -16,7 +16,7 @@ import anyio
 import anyio.abc
 import msgspec
 
-from ipc.channel import AsyncChannel, Codec
+from ipc.channel import Codec, NonBlockingChannel
 from ipc.messages import FromWorker, ToWorker
 
 COMMAND = (sys.executable, "-m", "gpu_worker")
@@ -44,7 +44,7 @@ class WorkerProcess:
     """A child that lives, and its channel."""
 
     def __init__(
-        self, process: anyio.abc.Process, channel: AsyncChannel[ToWorker, FromWorker]
+        self, process: anyio.abc.Process, channel: NonBlockingChannel[ToWorker, FromWorker]
     ) -> None:
         self._process = process
         self.channel = channel
@@ -69,12 +69,7 @@ class WorkerProcess:
         with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
             _enlarge(we_write)
             _enlarge(we_read)
-        channel = AsyncChannel(
-            we_read,
-            we_write,
-            codec,
-            wait_writable=anyio.wait_writable,
-        )
+        channel = NonBlockingChannel(we_read, we_write, codec)
         descriptors = ("--read-fd", str(child_reads), "--write-fd", str(child_writes))
         try:
             process = await anyio.open_process(

@@ -12,17 +12,17 @@ import pytest
 
 from ipc import messages as m
 from ipc.channel import (
-    AsyncChannel,
     BlockingChannel,
     Codec,
     CutFrame,
     MalformedMessage,
+    NonBlockingChannel,
     OversizedFrame,
     PeerGone,
     ProtocolError,
     UnknownMessage,
 )
-from supervisor.listening import listen
+from supervisor.conversation import Conversation
 
 CAP = 4 * 2**20
 PROGRESS = m.Progress(job="j", phase="denoising", step=1, steps=2)
@@ -39,12 +39,11 @@ class Ends:
     def worker(self) -> BlockingChannel[m.FromWorker, m.ToWorker]:
         return BlockingChannel(self.worker_reads, self.worker_writes, Codec(m.ToWorker, CAP))
 
-    def supervisor(self) -> AsyncChannel[m.ToWorker, m.FromWorker]:
-        return AsyncChannel(
+    def supervisor(self) -> NonBlockingChannel[m.ToWorker, m.FromWorker]:
+        return NonBlockingChannel(
             self.supervisor_reads,
             self.supervisor_writes,
             Codec(m.FromWorker, CAP),
-            wait_writable=anyio.wait_writable,
         )
 
     def close(self, *descriptors: int) -> None:
@@ -69,11 +68,21 @@ def test_messages_pass_in_both_directions(ends: Ends) -> None:
     worker.send(PROGRESS)
     assert list(supervisor.read()) == [PROGRESS]
     assert list(supervisor.read()) == []
-    anyio.run(supervisor.send, m.Cancel(job="j"))
+    assert supervisor.send(m.Cancel(job="j"))
     assert worker.receive() == m.Cancel(job="j")
 
 
-async def heard(channel: AsyncChannel[m.ToWorker, m.FromWorker], count: int) -> list[m.FromWorker]:
+Channel = NonBlockingChannel[m.ToWorker, m.FromWorker]
+
+
+async def listen(
+    channel: Channel, received: Callable[[m.FromWorker], None], seconds: float
+) -> None:
+    with Conversation(channel, received, seconds) as conversation:
+        await conversation.ended()
+
+
+async def heard(channel: Channel, count: int) -> list[m.FromWorker]:
     """So many messages, as the supervisor hears them."""
     messages: list[m.FromWorker] = []
 
@@ -83,7 +92,7 @@ async def heard(channel: AsyncChannel[m.ToWorker, m.FromWorker], count: int) -> 
             raise EOFError
 
     with pytest.raises(EOFError):
-        await listen(channel, received, frame_seconds=5)
+        await listen(channel, received, 5)
     return messages
 
 
@@ -160,7 +169,7 @@ def test_sending_to_a_peer_that_is_gone_says_so(ends: Ends, send: str) -> None:
         supervisor = ends.supervisor()
         ends.close(ends.worker_reads)
         with pytest.raises(PeerGone):
-            anyio.run(supervisor.send, m.Cancel(job="j"))
+            supervisor.send(m.Cancel(job="j"))
 
 
 def test_a_protocol_error_is_never_a_clean_end() -> None:
@@ -170,14 +179,44 @@ def test_a_protocol_error_is_never_a_clean_end() -> None:
 
 def test_a_large_message_waits_for_room_in_the_pipe(ends: Ends) -> None:
     load = m.Load(job="j" * 2**20, checkpoint=m.Model(name="n", path="/n"))
+    messages = [load, m.Cancel(job="j"), load]
+
+    async def exchange() -> list[m.ToWorker]:
+        worker, channel = ends.worker(), ends.supervisor()
+        with Conversation(channel, print, 5) as conversation:
+            for message in messages:
+                conversation.say(message)
+            return [await anyio.to_thread.run_sync(worker.receive) for _ in messages]
+
+    assert anyio.run(exchange) == messages
+
+
+def test_nothing_is_said_once_a_conversation_is_over(ends: Ends) -> None:
+    """Its descriptors may be somebody else's by then."""
 
     async def exchange() -> None:
-        supervisor, worker = ends.supervisor(), ends.worker()
-        async with anyio.create_task_group() as group:
-            group.start_soon(supervisor.send, load)
-            assert await anyio.to_thread.run_sync(worker.receive) == load
+        with Conversation(ends.supervisor(), print, 5) as conversation:
+            conversation.say(m.Cancel(job="heard"))
+        conversation.say(m.Cancel(job="lost"))
 
     anyio.run(exchange)
+    ends.close(ends.supervisor_writes)
+    worker = ends.worker()
+    assert worker.receive() == m.Cancel(job="heard")
+    with pytest.raises(PeerGone):
+        worker.receive()
+
+
+def test_a_worker_that_is_gone_is_told_of_by_what_is_heard(ends: Ends) -> None:
+    async def exchange() -> None:
+        with Conversation(ends.supervisor(), print, 5) as conversation:
+            ends.close(ends.worker_reads)
+            conversation.say(m.Cancel(job="lost"))
+            ends.close(ends.worker_writes)
+            await conversation.ended()
+
+    with pytest.raises(PeerGone, match="cannot receive"):
+        anyio.run(exchange)
 
 
 def test_two_megabyte_frames_stream_without_holding_up_the_loop(ends: Ends) -> None:
@@ -214,10 +253,15 @@ def test_frames_that_come_together_or_in_crumbs_are_each_read_whole(ends: Ends) 
     small, large = (frame(msgspec.msgpack.encode(message)) for message in (PROGRESS, LARGE))
     supervisor = ends.supervisor()
     os.write(ends.worker_writes, small * 2 + large + small)
-    assert list(supervisor.read()) == [PROGRESS] * 2
-    assert supervisor.is_within_frame  # the large one, of which no more was read at once
-    assert list(supervisor.read()) == [LARGE]
+    assert list(supervisor.read()) == [PROGRESS, PROGRESS, LARGE]
     assert not supervisor.is_within_frame
+    os.write(ends.worker_writes, large[:-1])
+    assert list(supervisor.read()) == [PROGRESS]
+    assert list(supervisor.read()) == []
+    assert supervisor.is_within_frame
+    os.write(ends.worker_writes, large[-1:])
+    assert list(supervisor.read()) == [LARGE]
+    os.write(ends.worker_writes, small)
     assert list(supervisor.read()) == [PROGRESS]
     for byte in small[:-1]:
         os.write(ends.worker_writes, bytes([byte]))

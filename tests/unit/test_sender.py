@@ -1,6 +1,7 @@
 """What a worker says and when: signs of progress may be late, and come with others then."""
 
 import os
+import select
 import time
 from collections.abc import Iterator
 
@@ -25,6 +26,10 @@ class Line:
         end: BlockingChannel[m.ToWorker, m.FromWorker]
         end = BlockingChannel(reads, writes, Codec(m.FromWorker))
         self.receive = end.receive
+        self._reads = reads
+
+    def is_silent(self, seconds: float) -> bool:
+        return not select.select([self._reads], [], [], seconds)[0]
 
 
 @pytest.fixture
@@ -51,3 +56,11 @@ def test_a_sign_is_no_later_than_it_may_be(line: Line) -> None:
         line.send(progress("a", step), 0.05)
         assert line.receive() == progress("a", step)
         assert 0.05 <= time.monotonic() - began < 5
+
+
+def test_what_came_after_others_had_gone_has_its_own_time(line: Line) -> None:
+    line.send(progress("a", 1), 0.05)
+    line.send(FINISHED)
+    line.send(progress("b", 1), 60.0)
+    assert [line.receive(), line.receive()] == [progress("a", 1), FINISHED]
+    assert line.is_silent(0.2)
