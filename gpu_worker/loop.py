@@ -21,6 +21,7 @@ from ipc.messages import (
     FromWorker,
     Generate,
     Load,
+    Picture,
     Progress,
     Shutdown,
     Start,
@@ -87,27 +88,28 @@ def refusal(first: ToWorker) -> str | None:
 class Sender:
     """A send for the runner's threads: without a supervisor there is nothing left to do.
 
-    Each message wakes the supervisor up, so signs of progress that may be late wait for other
-    messages or the end of their time, and newer ones of the same job replace them.
+    Each message wakes the supervisor up, so what may be late waits for other messages or the end of
+    its time: pictures, and signs of progress, of which newer ones of the same job take the place.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._sending = threading.Lock()
-        self._late: dict[str, Progress] = {}
+        self._late: dict[tuple[str, int], FromWorker] = {}
         self._deadline = 0.0
         self._deadlines: queue.SimpleQueue[float] = queue.SimpleQueue()
         threading.Thread(target=self._keep_deadlines, name="late", daemon=True).start()
 
     def __call__(self, message: FromWorker, late_seconds: float = 0.0, /) -> None:
         with self._sending:
-            if late_seconds and isinstance(message, Progress):
-                if not self._late:
-                    self._deadline = time.monotonic() + late_seconds
-                    self._deadlines.put(self._deadline)
-                self._late[message.job] = message
-            else:
-                self._send(message)
+            if late_seconds == 0:
+                return self._send(message)
+            if not self._late:
+                self._deadline = time.monotonic() + late_seconds
+                self._deadlines.put(self._deadline)
+            assert isinstance(message, Progress | Picture)
+            index = message.index if isinstance(message, Picture) else -1
+            self._late[message.job, index] = message
 
     def _keep_deadlines(self) -> None:
         while True:

@@ -215,7 +215,8 @@ class BatchingRunner:
             picture = picture.picture()
         data = images.encoded(picture, work.output_format, call.call.metadata, work.output_quality)
         seconds = time.monotonic() - began
-        self._send(Picture(job=work.job, index=call.index, data=data, nsfw=result.nsfw))
+        made = Picture(job=work.job, index=call.index, data=data, nsfw=result.nsfw)
+        self._send(made, work.progress_seconds)
         return seconds
 
     def _encoded(self, job: Job, done: "Future[float]") -> None:

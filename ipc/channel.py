@@ -169,12 +169,14 @@ class NonBlockingChannel(Generic[Outgoing, Incoming]):
         return True
 
     def read(self) -> Iterator[Incoming]:
-        """The messages that are whole by now, but no more small ones than READ_BYTES hold, so that
-        a fast peer cannot keep its reader to itself; to be taken to the last. Raises PeerGone or a
-        ProtocolError, after the messages before it."""
-        yield from self._read()
-        if len(self._buffer) > READ_BYTES:  # a large one has begun
+        """Messages that are whole by now, but no more than one large one and small ones of twice
+        READ_BYTES, so that a fast peer cannot keep its reader to itself; to be taken to the last.
+        Raises PeerGone or a ProtocolError, after the messages before it."""
+        for _ in range(3):  # a large one's beginning, its rest, and what comes after it
+            size = len(self._buffer)
             yield from self._read()
+            if len(self._buffer) == size:
+                return
 
     @property
     def is_within_frame(self) -> bool:

@@ -136,7 +136,7 @@ class Generate(Message, frozen=True, kw_only=True):
     """Nothing else runs beside it: set after a worker died under this job."""
     priority: int = 0
     progress_seconds: float = 0.0
-    """How late signs of progress may come, the newest instead of all; 0: each at once."""
+    """How late pictures and signs of progress may come, of these the newest; 0: all at once."""
 
 
 class Load(Message, frozen=True, kw_only=True):

@@ -207,7 +207,7 @@ class ScriptedRunner:
         self.pause(work.job, script.get("encode_seconds", 0))
         least_bytes = int(script.get("picture_bytes", 0))
         data = picture(width, height, call.seed, work.output_format, least_bytes)
-        self.send(m.Picture(job=work.job, index=index, data=data))
+        self.send(m.Picture(job=work.job, index=index, data=data), work.progress_seconds)
 
     def load(self, work: m.Generate | m.Load, script: Script) -> None:
         self.progress(work, "loading", 0, 0)

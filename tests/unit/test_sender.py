@@ -50,6 +50,15 @@ def test_the_newest_sign_of_each_job_goes_before_what_must_be_said(line: Line) -
     assert received == [progress("a", 3), progress("b", 4), FINISHED, progress("a", 9)]
 
 
+def test_pictures_may_be_late_too_but_none_takes_anothers_place(line: Line) -> None:
+    pictures = [m.Picture(job="a", index=index, data=b"%d" % index) for index in range(2)]
+    for picture in pictures:
+        line.send(progress("a", 9), 60.0)
+        line.send(picture, 60.0)
+    line.send(FINISHED)
+    assert [line.receive() for _ in range(4)] == [progress("a", 9), *pictures, FINISHED]
+
+
 def test_a_sign_is_no_later_than_it_may_be(line: Line) -> None:
     for step in (1, 2):
         began = time.monotonic()
