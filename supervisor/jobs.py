@@ -107,6 +107,7 @@ class Job:
     pictures: dict[int, messages.Picture] = field(default_factory=dict)
     outcome: Outcome | None = None
     watchers: list[Callable[[Change], None]] = field(default_factory=list)
+    _kind: str | None = None
 
     @property
     def model(self) -> str:
@@ -115,11 +116,17 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """What the cost of its steps depends on most: the checkpoint and the pictures' size."""
-        if not isinstance(self.message, messages.Generate):
-            return self.model
-        given = self.message.parameters
-        return f"{self.model} {given.get('width')}x{given.get('height')}"
+        """What the cost of its steps depends on most: the checkpoint and the pictures' size.
+
+        Not to be asked before the job is prepared: it is remembered, since placement asks it of all
+        jobs at every one that comes.
+        """
+        if self._kind is None:
+            self._kind = self.model
+            if isinstance(self.message, messages.Generate):
+                given = self.message.parameters
+                self._kind += f" {given.get('width')}x{given.get('height')}"
+        return self._kind
 
     @property
     def priority(self) -> int:

@@ -26,8 +26,9 @@ from supervisor.worker_process import COMMAND, Exit, WorkerProcess
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")
 
-TICK_SECONDS = 0.2
+TICK_SECONDS = 0.5
 """A deadline is noticed at most so late."""
+POLL_SECONDS = 0.2
 FRAME_SECONDS = 30.0
 """A frame that has begun must be whole within this time."""
 LAST_WORDS_SECONDS = 1.0
@@ -80,7 +81,7 @@ class Lives:
             if worker.state in LIVE_WORKER_STATES:
                 await self._one_life(worker)
             else:  # between two lives; the fleet's next tick may end the wait
-                await anyio.sleep(TICK_SECONDS)
+                await anyio.sleep(POLL_SECONDS)
 
     async def _one_life(self, worker: Worker) -> None:
         environ = environment(worker.device, self._environ, self._threads)
@@ -128,7 +129,7 @@ class Lives:
             while worker.state is WorkerState.STARTING and monitoring.is_still_held(  # noqa: ASYNC110
                 await used(), self._baselines[worker.id]
             ):
-                await anyio.sleep(TICK_SECONDS)
+                await anyio.sleep(POLL_SECONDS)
         if waiting.cancelled_caught:
             log.warning("device memory is still held", extra={"worker": worker.id})
 

@@ -58,7 +58,7 @@ class FakeNvml:
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
-    monkeypatch.setattr(lives, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(lives, "POLL_SECONDS", 0.01)
     return fake
 
 
