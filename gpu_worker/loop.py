@@ -4,8 +4,8 @@ The thread that receives does nothing else, so a Cancel, a Shutdown or the end o
 the pipe is seen at once, whatever the device is busy with.
 """
 
+import math
 import os
-import queue
 import sys
 import threading
 import time
@@ -94,37 +94,39 @@ class Sender:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._sending = threading.Lock()
-        self._late: dict[tuple[str, int], FromWorker] = {}
-        self._deadline = 0.0
-        self._deadlines: queue.SimpleQueue[float] = queue.SimpleQueue()
-        threading.Thread(target=self._keep_deadlines, name="late", daemon=True).start()
+        self._writing = threading.Lock()
+        self._changed = threading.Condition()  # never held while the pipe is waited for
+        self._late: dict[tuple[str, int | None], bytearray] = {}
+        self._due = math.inf
+        threading.Thread(target=self._keep_time, name="late", daemon=True).start()
 
     def __call__(self, message: FromWorker, late_seconds: float = 0.0, /) -> None:
-        with self._sending:
-            if late_seconds == 0:
-                return self._send(message)
-            if not self._late:
-                self._deadline = time.monotonic() + late_seconds
-                self._deadlines.put(self._deadline)
-            assert isinstance(message, Progress | Picture)
-            index = message.index if isinstance(message, Picture) else -1
-            self._late[message.job, index] = message
+        frame = self._channel.encode(message)
+        if late_seconds == 0:
+            return self._flush(frame)
+        assert isinstance(message, Progress | Picture)
+        index = message.index if isinstance(message, Picture) else None
+        with self._changed:
+            self._late[message.job, index] = frame
+            self._due = min(self._due, time.monotonic() + late_seconds)
+            self._changed.notify()
 
-    def _keep_deadlines(self) -> None:
+    def _keep_time(self) -> None:
         while True:
-            deadline = self._deadlines.get()
-            time.sleep(max(deadline - time.monotonic(), 0))
-            with self._sending:
-                if self._late and deadline == self._deadline:  # else they have gone before
-                    self._send()
+            with self._changed:
+                while (left := self._due - time.monotonic()) > 0:
+                    self._changed.wait(min(left, threading.TIMEOUT_MAX))
+            self._flush()
 
-    def _send(self, *messages: FromWorker) -> None:
-        late, self._late = self._late, {}
-        try:
-            self._channel.send(*late.values(), *messages)
-        except PeerGone:
-            os._exit(0)
+    def _flush(self, *frames: bytearray) -> None:
+        """What is late goes first."""
+        with self._writing:
+            with self._changed:
+                late, self._late, self._due = self._late.values(), {}, math.inf
+            try:
+                self._channel.write(b"".join([*late, *frames]))
+            except PeerGone:
+                os._exit(0)
 
 
 def _serve(channel: Channel, runner: Runner) -> int:

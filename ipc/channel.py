@@ -57,16 +57,13 @@ class Codec(Generic[Outgoing, Incoming]):
         self._decoder = msgspec.msgpack.Decoder(incoming)
         self._known = {str(kind.__struct_config__.tag) for kind in get_args(incoming)}
 
-    def encode(self, *messages: Outgoing) -> bytearray:
-        """Headers and payloads in one buffer. Raises OversizedFrame past the cap."""
-        frames = bytearray()
-        for message in messages:
-            begin = len(frames) + HEADER_BYTES
-            frames += bytes(HEADER_BYTES)
-            self._encoder.encode_into(message, frames, begin)
-            length = self._checked(len(frames) - begin)
-            frames[begin - HEADER_BYTES : begin] = length.to_bytes(HEADER_BYTES, "big")
-        return frames
+    def encode(self, message: Outgoing) -> bytearray:
+        """Header and payload in one buffer. Raises OversizedFrame past the cap."""
+        frame = bytearray(HEADER_BYTES)
+        self._encoder.encode_into(message, frame, HEADER_BYTES)
+        length = self._checked(len(frame) - HEADER_BYTES)
+        frame[:HEADER_BYTES] = length.to_bytes(HEADER_BYTES, "big")
+        return frame
 
     def length(self, header: Buffer) -> int:
         """The payload's length in bytes. Raises OversizedFrame past the cap."""
@@ -106,9 +103,17 @@ class BlockingChannel(Generic[Outgoing, Incoming]):
         self._codec = codec
         self._sending = threading.Lock()
 
-    def send(self, *messages: Outgoing) -> None:
-        """Blocks until the frames are in the pipe. Raises PeerGone or OversizedFrame."""
-        view = memoryview(self._codec.encode(*messages))
+    def send(self, message: Outgoing) -> None:
+        """Blocks until the frame is in the pipe. Raises PeerGone or OversizedFrame."""
+        self.write(self.encode(message))
+
+    def encode(self, message: Outgoing) -> bytearray:
+        """A frame for `write`. Raises OversizedFrame."""
+        return self._codec.encode(message)
+
+    def write(self, frames: Buffer) -> None:
+        """Blocks until whole frames are in the pipe. Raises PeerGone."""
+        view = memoryview(frames)
         with self._sending:
             while view:
                 try:

@@ -3,7 +3,6 @@ more than most messages do."""
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -27,6 +26,8 @@ class Conversation:
         self._received = received
         self._frame_seconds = frame_seconds
         self._late: asyncio.TimerHandle | None = None
+        self._is_deaf = False
+        """The worker reads no more; it may still have said something."""
 
     def __enter__(self) -> Self:
         self._loop.add_reader(self._channel.read_fd, self._readable)
@@ -45,9 +46,13 @@ class Conversation:
     def say(self, message: ToWorker) -> None:
         """What a worker that is gone does not hear is lost: `ended` tells. Raises
         OversizedFrame."""
-        with suppress(PeerGone):
-            if not (self._over.done() or self._channel.send(message)):
+        if self._over.done() or self._is_deaf:
+            return
+        try:
+            if not self._channel.send(message):
                 self._loop.add_writer(self._channel.write_fd, self._writable)
+        except PeerGone:
+            self._is_deaf = True
 
     def _readable(self) -> None:
         try:
@@ -61,9 +66,11 @@ class Conversation:
                 self._late = self._loop.call_later(self._frame_seconds, self._overdue)
 
     def _writable(self) -> None:
-        with suppress(PeerGone):
+        try:
             if not self._channel.flush():
                 return
+        except PeerGone:
+            self._is_deaf = True
         self._loop.remove_writer(self._channel.write_fd)
 
     def _end(self, error: Exception | None = None) -> None:

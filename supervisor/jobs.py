@@ -31,7 +31,8 @@ GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
 UNFOLLOWED_SECONDS = 0.25
-"""Between two signs of progress where nobody looks: each costs the supervisor a wake-up."""
+"""How late signs of progress and pictures may be where nobody looks on: each message costs the
+supervisor a wake-up."""
 
 
 Moved = messages.Progress | messages.Preview | messages.Picture
@@ -116,12 +117,8 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """What the cost of its steps depends on most: the checkpoint and the pictures' size.
-
-        Not to be asked before the job is prepared: it is remembered, since placement asks it of all
-        jobs at every one that comes.
-        """
-        if self._kind is None:
+        """What the cost of its steps depends on most: the checkpoint and the pictures' size."""
+        if self._kind is None:  # placement asks it of all jobs at every one that comes
             self._kind = self.model
             if isinstance(self.message, messages.Generate):
                 given = self.message.parameters
@@ -135,6 +132,10 @@ class Job:
     @property
     def has_ended(self) -> bool:
         return self.state in ENDED_JOB_STATES
+
+    def take(self, message: messages.Generate) -> None:
+        """What the job is to do, once it is prepared."""
+        self.message, self._kind = message, None
 
     def tell(self, change: Change) -> None:
         for watcher in () if self.has_ended and change != Ended() else tuple(self.watchers):
@@ -235,13 +236,13 @@ class Job:
     def expected_pictures(self) -> int:
         return len(self.message.calls) if isinstance(self.message, messages.Generate) else 0
 
-    def outgoing(self, pace_seconds: float) -> messages.Generate | messages.Load | messages.Unload:
-        """The message for the worker that takes the job now; `pace_seconds` lie between two
-        signs of progress where nobody looks."""
+    def outgoing(self, late_seconds: float) -> messages.Generate | messages.Load | messages.Unload:
+        """The message for the worker that takes the job now; signs of progress and pictures may be
+        `late_seconds` late where nobody looks on."""
         if isinstance(self.message, messages.Generate):
-            pace = 0.0 if self.followed else pace_seconds
+            late = 0.0 if self.followed else late_seconds
             replace = msgspec.structs.replace
-            return replace(self.message, alone=self.alone, progress_seconds=pace)
+            return replace(self.message, alone=self.alone, progress_seconds=late)
         return self.message
 
     def view(self, estimates: Estimates) -> JobView:

@@ -5,6 +5,7 @@ repository of the hub. Whatever a name tries, what is missing and what is forbid
 the same answer. This is file work: callers run it in a thread.
 """
 
+import copy
 import math
 import os
 import time
@@ -67,20 +68,29 @@ class Models:
         self._config_dir = settings.config_dir
         self.hub = hub
         self._now = clock
+        self._may_look = True
         self._remembered: dict[object, tuple[object, ResolvedModel]] = {}
         self._looked_at: dict[object, tuple[float, ResolvedModel]] = {}
 
-    @property
-    def at_hand(self) -> "ModelsAtHand":
-        """What can be told of the same models without blocking."""
-        return ModelsAtHand(self)
+    def at_hand(self) -> "Models":
+        """The same models for callers that must not block: what nobody has looked at within
+        FRESH_SECONDS raises NotAtHand."""
+        twin = copy.copy(self)
+        twin._may_look = False
+        return twin
+
+    def _look(self) -> None:
+        if not self._may_look:
+            raise NotAtHand
 
     def has_demo(self) -> bool:
         """Whether the demo checkpoint is installed."""
+        self._look()
         return _exists(DEMO["checkpoint", "demo"])
 
     def names(self, kind: Kind) -> list[str]:
         """Every name that `resolve` may find, sorted; the demo's first."""
+        self._look()
         demo = [name for (k, name), place in DEMO.items() if k == kind and _exists(place)]
         top = self.model_dir / FOLDERS[kind]
         return demo + sorted(_names_below(top, self.model_dir.resolve()))
@@ -119,6 +129,7 @@ class Models:
         raise problem from None
 
     def _resolved(self, kind: Kind, name: str, checkpoint: ResolvedModel | None) -> ResolvedModel:
+        self._look()
         path, root = self._locate(kind, name)
         if path.is_dir():
             return self._folder(kind, name, path, root)
@@ -141,6 +152,7 @@ class Models:
         """True: the checkpoint's own. Raises Problem when there is none at all."""
         if checkpoint.has_safety_checker:
             return True
+        self._look()
         folder = self.model_dir / "safety_checker"
         try:
             files = folders.list_files(folder, self.model_dir.resolve())
@@ -223,24 +235,6 @@ class Models:
     def _remember(self, key: object, state: object, found: ResolvedModel) -> ResolvedModel:
         _keep(self._remembered, key, (state, found))
         return found
-
-
-class ModelsAtHand(Models):
-    """What others looked at within FRESH_SECONDS. Raises NotAtHand for everything else."""
-
-    def __init__(self, models: Models) -> None:
-        self._now, self._looked_at = models._now, models._looked_at
-
-    def has_demo(self) -> bool:
-        raise NotAtHand
-
-    def safety_checker(self, checkpoint: ResolvedModel) -> Model | bool:
-        if checkpoint.has_safety_checker:
-            return True
-        raise NotAtHand
-
-    def _resolved(self, kind: Kind, name: str, checkpoint: ResolvedModel | None) -> ResolvedModel:
-        raise NotAtHand
 
 
 def _keep(known: dict[object, T], key: object, value: T) -> None:

@@ -5,6 +5,7 @@ whose models were looked at a moment ago. Raises Problem.
 """
 
 import random
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -52,9 +53,13 @@ class Preparation:
         if catalogue.picture_names() & body.parameters.keys():
             return None
         try:
-            return Preparation(self._settings, self._models.at_hand).prepare(body, job_id)
+            return self._at_hand.prepare(body, job_id)
         except NotAtHand:
             return None
+
+    @cached_property
+    def _at_hand(self) -> "Preparation":
+        return Preparation(self._settings, self._models.at_hand())
 
     def prepare(self, body: GenerateBody, job_id: str) -> Prepared:
         checkpoint = self._checkpoint(body.checkpoint)

@@ -49,12 +49,14 @@ class Record:
             self._told_when_done.append(told)
 
     def take(self, prepared: Prepared) -> None:
-        self.prepared, self.job.message = prepared, prepared.message
+        self.prepared = prepared
+        self.job.take(prepared.message)
 
     def end(self, now: float, answer: bytes | None = None, problem: Problem | None = None) -> None:
         self.answer, self.problem, self.ended_at = answer, problem, now
         self.done.set()
-        for told in self._told_when_done:
+        waiting, self._told_when_done = self._told_when_done, []
+        for told in waiting:
             told()
 
     def let_go(self) -> None:

@@ -29,7 +29,7 @@ from supervisor.settings import Settings
 log = logging.getLogger(__name__)
 
 MAX_INLINE_BYTES = 4 * 2**20
-"""Pictures that are encoded on the loop: half a millisecond of work at most (docs/adr/0008)."""
+"""Pictures that are encoded on the loop, in about half a millisecond (docs/adr/0008)."""
 
 
 class Keeper(Protocol):
@@ -220,7 +220,7 @@ def _base64(outcome: Outcome) -> list[str]:
 def encode_answer(
     record: Record, outcome: Outcome, meta: dict[str, Any], names: list[str]
 ) -> bytes:
-    """The answer's JSON, put together around the pictures' base64, which is copied once."""
+    """The answer's JSON, put together around the pictures' base64, which needs no escaping."""
     began, encode = time.monotonic(), msgspec.json.encode
     if record.body.return_images:
         texts = [pybase64.b64encode(picture.data) for picture in outcome.pictures]

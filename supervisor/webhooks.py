@@ -4,6 +4,7 @@ Pure: time and chance are arguments. Signatures follow the Standard Webhooks rul
 (https://www.standardwebhooks.com).
 """
 
+import base64
 import binascii
 import hashlib
 import hmac
@@ -89,7 +90,7 @@ def _body(event: str, now: float, node: object, told: Mapping[str, object]) -> b
 def signing_key(secret: str) -> bytes:
     """The key inside a `whsec_…` secret. Raises SettingsError."""
     try:
-        return pybase64.b64decode(secret.removeprefix("whsec_"), validate=True)
+        return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except binascii.Error:
         raise SettingsError(
             "cannot use WEBHOOK_SECRET: what follows whsec_ is not base64"
@@ -100,7 +101,7 @@ def signature(key: bytes, identifier: str, timestamp: int, body: bytes) -> str:
     """The webhook-signature header, scheme v1: HMAC-SHA256 over id.timestamp.body."""
     signed = f"{identifier}.{timestamp}.".encode() + body
     digest = hmac.new(key, signed, hashlib.sha256).digest()
-    return "v1," + pybase64.b64encode_as_string(digest)
+    return "v1," + base64.b64encode(digest).decode()
 
 
 # Decisions

@@ -183,8 +183,8 @@ class Work:
         job.dispatched(worker.id, now, swaps=job.model not in worker.resident)
         worker.running[job.id] = job
         # Well within the time after which a worker that is quiet counts as hanging.
-        longest_pace = self._settings.step_timeout_seconds / 4
-        worker.post(job.outgoing(min(UNFOLLOWED_SECONDS, longest_pace)))
+        longest = self._settings.step_timeout_seconds / 4
+        worker.post(job.outgoing(min(UNFOLLOWED_SECONDS, longest)))
         self._observers.tell(lambda observer: observer.job_dispatched(job, worker))
 
     def _views(self) -> list[placement.WorkerView]:

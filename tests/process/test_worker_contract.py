@@ -200,7 +200,7 @@ def test_where_nobody_looks_the_newest_sign_of_progress_comes_with_what_must_be_
 ) -> None:
     request = job(model, calls=[m.Call(seed=1)], parameters=PARAMETERS | {"num_inference_steps": 9})
     client.generate(**request)
-    received = client.generate(**request, progress_seconds=10.0**6)
+    received = client.generate(**request, progress_seconds=60.0)
     assert outline(received) == ["decoding", "Picture", "Finished"]
     assert received[0] == m.Progress(job=received[-1].job, phase="decoding", step=9, steps=9)
 

@@ -255,6 +255,9 @@ def test_frames_that_come_together_or_in_crumbs_are_each_read_whole(ends: Ends) 
     os.write(ends.worker_writes, small * 2 + large + small)
     assert list(supervisor.read()) == [PROGRESS, PROGRESS, LARGE, PROGRESS]
     assert not supervisor.is_within_frame
+    os.write(ends.worker_writes, large * 2)
+    assert list(supervisor.read()) == [LARGE]
+    assert list(supervisor.read()) == [LARGE]
     os.write(ends.worker_writes, large[:-1])
     assert list(supervisor.read()) == []
     assert supervisor.is_within_frame

@@ -4,13 +4,15 @@ import os
 import select
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from gpu_worker.loop import Sender
 from ipc import messages as m
-from ipc.channel import BlockingChannel, Codec
+from ipc.channel import BlockingChannel, Codec, OversizedFrame
 
+CAP = 2**20
 FINISHED = m.Finished(job="a")
 
 
@@ -22,9 +24,9 @@ class Line:
     """A sender, and what comes out at the other end."""
 
     def __init__(self, reads: int, writes: int) -> None:
-        self.send = Sender(BlockingChannel(reads, writes, Codec(m.ToWorker)))
+        self.send = Sender(BlockingChannel(reads, writes, Codec(m.ToWorker, CAP)))
         end: BlockingChannel[m.ToWorker, m.FromWorker]
-        end = BlockingChannel(reads, writes, Codec(m.FromWorker))
+        end = BlockingChannel(reads, writes, Codec(m.FromWorker, CAP))
         self.receive = end.receive
         self._reads = reads
 
@@ -35,7 +37,9 @@ class Line:
 @pytest.fixture
 def line() -> Iterator[Line]:
     reads, writes = os.pipe()
-    yield Line(reads, writes)
+    line = Line(reads, writes)
+    yield line
+    line.send(FINISHED)  # nothing is left for later, when the descriptors are somebody else's
     os.close(writes)
     os.close(reads)
 
@@ -73,3 +77,27 @@ def test_what_came_after_others_had_gone_has_its_own_time(line: Line) -> None:
     line.send(progress("b", 1), 60.0)
     assert [line.receive(), line.receive()] == [progress("a", 1), FINISHED]
     assert line.is_silent(0.2)
+
+
+def test_what_may_be_less_late_takes_the_others_along(line: Line) -> None:
+    line.send(progress("a", 1), 60.0)
+    line.send(progress("b", 1), 0.05)
+    assert [line.receive(), line.receive()] == [progress("a", 1), progress("b", 1)]
+
+
+def test_a_picture_that_is_too_large_is_its_own_jobs_affair(line: Line) -> None:
+    with pytest.raises(OversizedFrame):
+        line.send(m.Picture(job="a", index=0, data=bytes(CAP)), 60.0)
+    line.send(FINISHED)
+    assert line.receive() == FINISHED
+
+
+def test_what_may_be_late_is_put_aside_while_others_wait_for_the_pipe(line: Line) -> None:
+    large = m.Preview(job="a", index=0, data=bytes(CAP // 2))
+    with ThreadPoolExecutor(1) as others:
+        sent = others.submit(line.send, large)
+        time.sleep(0.1)
+        assert not sent.done(), "a pipe has no room for it"
+        line.send(progress("b", 1), 60.0)
+        assert line.receive() == large
+        sent.result()
