@@ -236,6 +236,8 @@ def test_a_queued_job_shows_placement_what_it_needs() -> None:
 def test_pictures_of_another_size_are_another_kind_of_work() -> None:
     small, large = (job(parameters={"width": side, "height": side}) for side in (512, 1024))
     assert small.kind != large.kind
+    small.take(generate("job", parameters={"width": 1024, "height": 1024}))
+    assert small.kind == large.kind
     load = Job("load", m.Load(job="load", checkpoint=model()), 0, 9)
     assert load.kind == "/models/cat"
 
