@@ -64,22 +64,21 @@ class Work:
 
     def submitted(self, job: Job) -> None:
         """Accepts the job, or raises Problem. Its outcome comes with jobs.Ended."""
-        views = self._views()
+        views = () if self._is_full else self._views()  # a full queue refuses without a look
         problem = admission.refusal(self._situation(job, views))
         if problem is not None:
             self._refuse(problem)
-        self.queued[job.id] = job
-        self.dispatch(views)
+        self.prepared(job, views)
 
     def asked(self) -> None:
         """Somebody wants a job that is not prepared yet. Raises Problem while draining."""
         if self.draining:
             self._refuse(admission.draining(self._settings.drain_seconds))
 
-    def prepared(self, job: Job) -> None:
+    def prepared(self, job: Job, views: Sequence[placement.WorkerView] = ()) -> None:
         """A job that was accepted, at once or before its models were downloaded, can run."""
         self.queued[job.id] = job
-        self.dispatch()
+        self.dispatch(views)
 
     def cancelled(self, job: Job) -> None:
         if not job.has_ended:
@@ -210,7 +209,7 @@ class Work:
         raise problem
 
     def _situation(self, job: Job, views: Sequence[placement.WorkerView]) -> admission.Situation:
-        settings, full = self._settings, len(self.queued) >= self._settings.max_queue
+        settings, full = self._settings, self._is_full
         return admission.Situation(
             draining=self.draining,
             drain_seconds=settings.drain_seconds,
@@ -222,6 +221,10 @@ class Work:
             expected_seconds=None if full else self._expected_seconds(job, views),
             left_seconds=job.deadline - self._now(),
         )
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self.queued) >= self._settings.max_queue
 
     def _has_worker(self, job: Job) -> bool:
         workers = self._workers.values()

@@ -12,6 +12,7 @@ from supervisor import models as models_module
 from supervisor.models import Models
 from supervisor.settings import Settings
 from tests.tools import weights
+from tests.tools.clock import Clock
 from tests.tools.model_folders import LORA
 from tests.tools.weights import files, safetensors
 
@@ -56,3 +57,8 @@ def models(root: Path) -> Models:
     """Each look at its clock is so much later that it looks at files every time."""
     clock = itertools.count(step=models_module.FRESH_SECONDS).__next__
     return Models(Settings(model_dir=root, data_dir=root.parent / "data"), clock=clock)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -11,22 +11,11 @@ from supervisor.models import FRESH_SECONDS, Models
 from supervisor.preparation import Preparation, Prepared
 from supervisor.requests import GenerateBody
 from supervisor.settings import Settings
+from tests.tools.clock import Clock
 from tests.tools.model_folders import LORA
 from tests.tools.weights import safetensors
 
 PICTURE = "data:image/png;base64,AAAA"
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

@@ -11,21 +11,9 @@ from supervisor.jobs import Job, Outcome
 from supervisor.preparation import Prepared
 from supervisor.records import Record, Records
 from supervisor.requests import GenerateBody
+from tests.tools.clock import Clock
 
 RETENTION_SECONDS = 600.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
