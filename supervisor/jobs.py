@@ -30,7 +30,7 @@ SECONDS_PER_PRIORITY = 2.0
 GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
-UNFOLLOWED_SECONDS = 0.25
+UNFOLLOWED_SECONDS = 1.0
 """How late signs of progress and pictures may be where nobody looks on: each message costs the
 supervisor a wake-up."""
 

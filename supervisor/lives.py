@@ -26,7 +26,7 @@ from supervisor.worker_process import COMMAND, Exit, WorkerProcess
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")
 
-TICK_SECONDS = 0.5
+TICK_SECONDS = 1.0
 """A deadline is noticed at most so late."""
 POLL_SECONDS = 0.2
 FRAME_SECONDS = 30.0

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 
 ROOT = Path(__file__).parents[2]
 SERVE = (sys.executable, "-m", "supervisor.cli", "serve")
@@ -45,9 +44,10 @@ class RunningServer:
         return self.client.post("/generate", json=body, **options)
 
     def processor_seconds(self) -> float:
-        """Of the supervisor's threads, those that have ended included; in steps of 10 ms."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return float(times.user + times.system)
+        """Of the supervisor's threads, those that have ended included; to the microsecond."""
+        # The clock of another process, as clock_getcpuclockid(3) makes it of its id: psutil's times
+        # are counted in steps of 10 ms.
+        return time.clock_gettime(~self.process.pid << 3 | 2)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""
