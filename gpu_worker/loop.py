@@ -89,14 +89,14 @@ class Sender:
     """A send for the runner's threads: without a supervisor there is nothing left to do.
 
     Each message wakes the supervisor up, so what may be late waits for other messages or the end of
-    its time: pictures, and signs of progress, of which newer ones of the same job take the place.
+    its time: pictures, and signs of progress and what is held, of which the newest is enough.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._writing = threading.Lock()
         self._changed = threading.Condition()  # never held while the pipe is waited for
-        self._late: dict[tuple[str, int | None], bytearray] = {}
+        self._late: dict[object, bytearray] = {}
         self._due = math.inf
         threading.Thread(target=self._keep_time, name="late", daemon=True).start()
 
@@ -104,10 +104,8 @@ class Sender:
         frame = self._channel.encode(message)
         if late_seconds == 0:
             return self._flush(frame)
-        assert isinstance(message, Progress | Picture)
-        index = message.index if isinstance(message, Picture) else None
         with self._changed:
-            self._late[message.job, index] = frame
+            self._late[_place(message)] = frame
             self._due = min(self._due, time.monotonic() + late_seconds)
             self._changed.notify()
 
@@ -127,6 +125,17 @@ class Sender:
                 self._channel.write(b"".join([*late, *frames]))
             except PeerGone:
                 os._exit(0)
+
+
+def _place(message: FromWorker) -> object:
+    """What it shares with those that it takes the place of."""
+    match message:
+        case Picture():
+            return message.job, message.index
+        case Progress():
+            return message.job
+        case _:
+            return type(message)
 
 
 def _serve(channel: Channel, runner: Runner) -> int:

@@ -41,6 +41,8 @@ from gpu_worker.turns import PATIENCE
 from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
+RESIDENCY_SECONDS = 0.1
+"""Where a checkpoint is exchanged for another on the host, one message tells of both."""
 CAPACITY = 8
 """Jobs at a time; the engine runs up to engine.MAX_RUNNING pictures of them."""
 
@@ -272,7 +274,8 @@ class BatchingRunner:
 
     def _tell_residency(self) -> None:
         models = self._loader.library.residents()
-        self._send(Residency(models=models, memory=device.memory(self._start)))
+        told = Residency(models=models, memory=device.memory(self._start))
+        self._send(told, RESIDENCY_SECONDS)
 
 
 def compiler(start: Start, stalls: Stalls) -> Compiler:

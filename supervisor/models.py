@@ -45,7 +45,7 @@ DEMO: dict[tuple[Kind, str], str] = {
 MAX_NAME_BYTES = 255
 MAX_DEPTH = 4
 MAX_REMEMBERED = 1000
-FRESH_SECONDS = 10.0
+FRESH_SECONDS = 30.0
 """How long what was found of a model's files is taken as it was."""
 
 T = TypeVar("T")

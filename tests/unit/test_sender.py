@@ -63,6 +63,17 @@ def test_pictures_may_be_late_too_but_none_takes_anothers_place(line: Line) -> N
     assert [line.receive() for _ in range(4)] == [progress("a", 9), *pictures, FINISHED]
 
 
+def test_of_what_is_held_the_newest_is_told(line: Line) -> None:
+    before, after = (
+        m.Residency(models=[], memory=m.Memory(total=9, used=n, free=0)) for n in (1, 2)
+    )
+    for residency in (before, after):
+        line.send(residency, 60.0)
+        line.send(progress("a", 1), 60.0)
+    line.send(FINISHED)
+    assert [line.receive() for _ in range(3)] == [after, progress("a", 1), FINISHED]
+
+
 def test_a_sign_is_no_later_than_it_may_be(line: Line) -> None:
     for step in (1, 2):
         began = time.monotonic()
