@@ -88,47 +88,55 @@ def refusal(first: ToWorker) -> str | None:
 class Sender:
     """A send for the runner's threads: without a supervisor there is nothing left to do.
 
-    Each message wakes the supervisor up, so what may be late waits for other messages or the end of
-    its time: pictures, and signs of progress and what is held, of which the newest is enough.
+    Each message wakes the supervisor up, so what may be late waits for one that may not, or for the
+    end of its time. Of signs of progress and of what is held the newest is enough; the signs of
+    other jobs wait for their time.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._writing = threading.Lock()
         self._changed = threading.Condition()  # never held while the pipe is waited for
-        self._late: dict[object, bytearray] = {}
-        self._due = math.inf
+        self._late: dict[object, tuple[float, bytearray]] = {}
+        """When it is due, and its frame."""
         threading.Thread(target=self._keep_time, name="late", daemon=True).start()
 
     def __call__(self, message: FromWorker, late_seconds: float = 0.0, /) -> None:
-        frame = self._channel.encode(message)
+        frame, place = self._channel.encode(message), _place(message)
         if late_seconds == 0:
-            return self._flush(frame)
+            return self._flush(frame, getattr(message, "job", ""))
         with self._changed:
-            self._late[_place(message)] = frame
-            self._due = min(self._due, time.monotonic() + late_seconds)
-            self._changed.notify()
+            if place not in self._late:
+                self._changed.notify()
+            due, _ = self._late.get(place, (time.monotonic() + late_seconds, frame))
+            self._late[place] = due, frame
 
     def _keep_time(self) -> None:
         while True:
             with self._changed:
-                while (left := self._due - time.monotonic()) > 0:
+                while (left := self._due() - time.monotonic()) > 0:
                     self._changed.wait(min(left, threading.TIMEOUT_MAX))
             self._flush()
 
-    def _flush(self, *frames: bytearray) -> None:
-        """What is late goes first."""
+    def _due(self) -> float:
+        return min((due for due, _ in self._late.values()), default=math.inf)
+
+    def _flush(self, said: bytearray | None = None, job: str = "") -> None:
+        """All that is late, or before what is said of a job all but the signs of others."""
         with self._writing:
             with self._changed:
-                late, self._late, self._due = self._late.values(), {}, math.inf
+                late = self._late
+                stays = [each for each in late if isinstance(each, str) and each != job]
+                self._late = {} if said is None else {place: late.pop(place) for place in stays}
+            frames = [frame for _, frame in late.values()]
             try:
-                self._channel.write(b"".join([*late, *frames]))
+                self._channel.write(b"".join([*frames, said or b""]))
             except PeerGone:
                 os._exit(0)
 
 
 def _place(message: FromWorker) -> object:
-    """What it shares with those that it takes the place of."""
+    """What it shares with those that it takes the place of; a sign of progress, its job's id."""
     match message:
         case Picture():
             return message.job, message.index

@@ -15,7 +15,7 @@ import msgspec
 from ipc import messages
 from supervisor.errors import Problem
 from supervisor.estimates import Estimates
-from supervisor.placement import JobView
+from supervisor.placement import JobView, slowdown
 from supervisor.states import (
     ENDED_JOB_STATES,
     ImpossibleTransition,
@@ -30,9 +30,9 @@ SECONDS_PER_PRIORITY = 2.0
 GUESSED_STEPS = 50
 """What most pipelines do when nothing is said."""
 
-UNFOLLOWED_SECONDS = 1.0
+UNFOLLOWED_SECONDS = 4.0
 """How late signs of progress and pictures may be where nobody looks on: each message costs the
-supervisor a wake-up."""
+supervisor a wake-up, and the steps in between follow from the time."""
 
 
 Moved = messages.Progress | messages.Preview | messages.Picture
@@ -226,11 +226,14 @@ class Job:
         steps = max(self.expected_steps() - self.step, 0)
         return steps * estimates.steps.expected(self.kind)
 
-    def running_seconds(self, estimates: Estimates) -> float:
-        """Where it runs: the steps that are left, and the swap while that is not over."""
+    def running_seconds(self, estimates: Estimates, rows: int, now: float) -> float:
+        """Where it runs as one of so many: the steps that are left, and the swap while that is not
+        over, less what has been done since its worker last said anything of it."""
         loading = self.swaps and self.phase in (None, "loading")
         swap = estimates.swaps.expected(self.model) if loading else 0.0
-        return swap + self.work_seconds(estimates)
+        # As long as a worker that is well may be silent: one that hangs is not about to be done.
+        done = min(now - self.moved_at, UNFOLLOWED_SECONDS) / slowdown(rows)
+        return max(swap + self.work_seconds(estimates) - done, 0.0)
 
     @property
     def expected_pictures(self) -> int:

@@ -162,12 +162,13 @@ class Worker:
     def has_stayed_up(self, now: float) -> bool:
         return self.state is WorkerState.READY and now - self.state_since > STAY_UP_SECONDS
 
-    def view(self, estimates: Estimates) -> WorkerView:
+    def view(self, estimates: Estimates, now: float) -> WorkerView:
+        jobs = self.running.values()
         return WorkerView(
             id=self.id,
             capacity=self.capacity,
-            running_seconds=tuple(job.running_seconds(estimates) for job in self.running.values()),
-            exclusive=any(job.alone for job in self.running.values()),
+            running_seconds=tuple(job.running_seconds(estimates, len(jobs), now) for job in jobs),
+            exclusive=any(job.alone for job in jobs),
             resident=self.resident,
         )
 

@@ -61,7 +61,7 @@ def test_a_job_that_moves_keeps_its_worker() -> None:
     assert fake.states() == [READY]
 
 
-@pytest.mark.parametrize(("timeout_seconds", "pace_seconds"), [(60, 1.0), (0.4, 0.1)])
+@pytest.mark.parametrize(("timeout_seconds", "pace_seconds"), [(60, 4.0), (0.4, 0.1)])
 def test_a_worker_tells_of_its_steps_often_enough_not_to_count_as_hanging(
     timeout_seconds: float, pace_seconds: float
 ) -> None:

@@ -5,6 +5,7 @@ import pytest
 from ipc import messages as m
 from supervisor.estimates import GUESSED_STEP_SECONDS, GUESSED_SWAP_SECONDS, Estimates
 from supervisor.jobs import (
+    UNFOLLOWED_SECONDS,
     Change,
     Ended,
     Job,
@@ -218,11 +219,27 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert one.running_seconds(measured()) == 3 + 5
+    assert one.running_seconds(measured(), 1, one.moved_at) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert one.running_seconds(measured()) == 3 + 5
+    assert one.running_seconds(measured(), 1, 2.0) == 3 + 5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured()) == 4.5
+    assert one.running_seconds(measured(), 1, 2.0) == 4.5
+
+
+@pytest.mark.parametrize(("rows", "now", "left"), [
+    (1, 3.0, 3.5), (2, 3.75, 3.5), (1, 2.0 + UNFOLLOWED_SECONDS, 0.5), (1, 99.0, 0.5),
+])  # fmt: skip
+def test_steps_that_nobody_told_of_follow_from_the_time(rows: int, now: float, left: float) -> None:
+    """But not for longer than a worker may be silent."""
+    one, _ = started()
+    one.moved(progress("denoising", 1, 10), 2.0)
+    assert one.running_seconds(measured(), rows, now) == left
+
+
+def test_a_job_that_takes_longer_than_it_should_is_about_to_be_done() -> None:
+    one, _ = started()
+    one.moved(progress("denoising", 9, 10), 2.0)
+    assert one.running_seconds(measured(), 1, 4.0) == 0.0
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:

@@ -158,10 +158,10 @@ def test_deaths_before_ready_are_counted_apart() -> None:
 def test_placement_sees_what_runs_and_what_is_resident() -> None:
     one = worker(a="denoising")
     one.models = [resident("cat"), resident("dog")]
-    view = one.view(Estimates())
+    view = one.view(Estimates(), now=0.0)
     assert (view.capacity, view.running_seconds, view.exclusive) == (4, (1.0,), False)
     assert view.resident == {"/models/cat", "/models/dog"}
     assert one.holds("/models/cat")
     assert not one.holds("/models/cow")
     one.running["a"].alone = True
-    assert one.view(Estimates()).exclusive
+    assert one.view(Estimates(), now=0.0).exclusive
