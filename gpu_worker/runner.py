@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +21,7 @@ import torch
 
 from gpu_worker import compilers, device, failures, images, models, pipelines
 from gpu_worker.aftermath import Aftermath
+from gpu_worker.claims import claims_of, wait_for_room
 from gpu_worker.company import needs_to_be_alone
 from gpu_worker.compilers import Compiler, Stalls
 from gpu_worker.engine import Engine, Task
@@ -37,7 +38,6 @@ from gpu_worker.pace import pace_of
 from gpu_worker.pipelines import PreparedCall, Result
 from gpu_worker.progress import JobProgress
 from gpu_worker.transfer import OnDevice, unwaited
-from gpu_worker.turns import PATIENCE
 from ipc.messages import Fatal, Generate, Load, Picture, Progress, Residency, Start, Unload
 
 ENCODER_THREADS = 2
@@ -149,7 +149,7 @@ class BatchingRunner:
             # One that changes its modules for a while runs what nothing was compiled for.
             deterministic=work.deterministic or needs_to_be_alone(kind),
             alone=work.alone or needs_to_be_alone(kind),
-            claims=claims(work),
+            claims=claims_of(work),
         )
         return task
 
@@ -283,31 +283,6 @@ def compiler(start: Start, stalls: Stalls) -> Compiler:
     cache = None if start.cache_dir is None else Path(start.cache_dir) / "inductor"
     backend, graphs = start.compile_backend, start.cuda_graph
     return compilers.build(backend, graphs, start.device, cache, stalls)
-
-
-def claims(work: Generate) -> dict[Hashable, Hashable]:
-    """Checkpoints by path, and the LoRAs that have to be in them while the job runs."""
-    loras = tuple(sorted((lora.model.path, lora.scale) for lora in work.loras))
-    claimed: dict[Hashable, Hashable] = {}
-    if work.refiner is not None:
-        claimed[work.refiner.checkpoint.path] = ()
-    claimed[work.checkpoint.path] = loras
-    return claimed
-
-
-def wait_for_room(
-    task: Task,
-    claims: Mapping[Hashable, Hashable],
-    told: list[tuple[str, ...]],
-    in_the_way: tuple[str, ...],
-) -> None:
-    """Keeps others from beginning with the checkpoints that are in the way, so that their last
-    job ends. From beginning at all where there are none, or they were others again and again:
-    somebody took the room. Called on the loader's thread, `told` is what it was told before."""
-    if told[-1:] != [in_the_way]:
-        told.append(in_the_way)
-    task.claims = {**claims, **{path: object() for path in in_the_way}}
-    task.alone = task.alone or not in_the_way or len(told) > PATIENCE
 
 
 def _nothing() -> None:

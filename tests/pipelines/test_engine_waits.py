@@ -10,10 +10,10 @@ import torch
 from greenlet import getcurrent
 
 from gpu_worker.batching import Layout
+from gpu_worker.claims import wait_for_room
 from gpu_worker.engine import Body, Engine, Task
 from gpu_worker.forwards import Forwards, run_eagerly
 from gpu_worker.interposer import Target, restore
-from gpu_worker.runner import wait_for_room
 from gpu_worker.turns import PATIENCE, conflict
 from tests.tools.engines import LAYOUT, Denoiser, denoised, engine_of, step_task
 
