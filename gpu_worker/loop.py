@@ -106,9 +106,11 @@ class Sender:
         if late_seconds == 0:
             return self._flush(frame, getattr(message, "job", ""))
         with self._changed:
-            if place not in self._late:
+            if place in self._late:
+                due, _ = self._late[place]
+            else:
+                due = time.monotonic() + late_seconds
                 self._changed.notify()
-            due, _ = self._late.get(place, (time.monotonic() + late_seconds, frame))
             self._late[place] = due, frame
 
     def _keep_time(self) -> None:

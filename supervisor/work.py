@@ -187,7 +187,8 @@ class Work:
         self._observers.tell(lambda observer: observer.job_dispatched(job, worker))
 
     def _views(self) -> list[placement.WorkerView]:
-        return [worker.view(self.estimates, self._now()) for worker in self._ready()]
+        now = self._now()
+        return [worker.view(self.estimates, now) for worker in self._ready()]
 
     def _ready(self) -> list[Worker]:
         return [w for w in self._workers.values() if w.state is WorkerState.READY]

@@ -274,7 +274,8 @@ def test_the_checkpoint_that_was_not_used_for_longest_makes_room(
         assert held(load(client, one)) == [["one"]]
         assert held(load(client, two)) == [["one", "two"]]
         assert pictures(client.generate(**job(one)))
-        assert held(load(client, three)) == [["one", "three"]]
+        # Told of together, or where it takes longer than residency may be late, one by one.
+        assert held(load(client, three)) in ([["one", "three"]], [["one"], ["one", "three"]])
 
 
 def test_a_checkpoint_larger_than_the_budget_is_out_of_memory(tiny_models: Path) -> None:

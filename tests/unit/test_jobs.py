@@ -222,12 +222,14 @@ def test_a_swap_counts_until_it_is_over() -> None:
     assert one.running_seconds(measured(), 1, one.moved_at) == 3 + 5
     one.moved(progress("loading"), 2.0)
     assert one.running_seconds(measured(), 1, 2.0) == 3 + 5
+    assert one.running_seconds(measured(), 1, 2.5) == 3 + 5 - 0.5
     one.moved(progress("denoising", 1, 10), 2.0)
     assert one.running_seconds(measured(), 1, 2.0) == 4.5
 
 
 @pytest.mark.parametrize(("rows", "now", "left"), [
-    (1, 3.0, 3.5), (2, 3.75, 3.5), (1, 2.0 + UNFOLLOWED_SECONDS, 0.5), (1, 99.0, 0.5),
+    (1, 3.0, 3.5), (2, 3.75, 3.5), (5, 3.0, 4.25),  # a step of five rows takes four times
+    (1, 2.0 + UNFOLLOWED_SECONDS, 0.5), (1, 99.0, 0.5),
 ])  # fmt: skip
 def test_steps_that_nobody_told_of_follow_from_the_time(rows: int, now: float, left: float) -> None:
     """But not for longer than a worker may be silent."""
@@ -240,6 +242,8 @@ def test_a_job_that_takes_longer_than_it_should_is_about_to_be_done() -> None:
     one, _ = started()
     one.moved(progress("denoising", 9, 10), 2.0)
     assert one.running_seconds(measured(), 1, 4.0) == 0.0
+    one.moved(progress("decoding", 10, 10), 100.0)
+    assert one.running_seconds(measured(), 1, 101.0) == 0.0
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:
