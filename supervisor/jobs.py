@@ -226,14 +226,18 @@ class Job:
         steps = max(self.expected_steps() - self.step, 0)
         return steps * estimates.steps.expected(self.kind)
 
-    def running_seconds(self, estimates: Estimates, rows: int, now: float) -> float:
+    def running_seconds(
+        self, estimates: Estimates, rows: int, now: float, *, loaded: bool
+    ) -> float:
         """Where it runs as one of so many: the steps that are left, and the swap while that is not
-        over, less what has been done since its worker last said anything of it."""
+        over, less what has been done since its worker last said anything of it. No step is done
+        before its model is `loaded`."""
+        work = self.work_seconds(estimates)
         loading = self.swaps and self.phase in (None, "loading")
         swap = estimates.swaps.expected(self.model) if loading else 0.0
         # As long as a worker that is well may be silent: one that hangs is not about to be done.
         done = min(now - self.moved_at, UNFOLLOWED_SECONDS) / slowdown(rows)
-        return max(swap + self.work_seconds(estimates) - done, 0.0)
+        return max(swap + work - done, 0.0 if loaded else work)
 
     @property
     def expected_pictures(self) -> int:

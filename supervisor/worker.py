@@ -122,10 +122,13 @@ class Worker:
     def resident(self) -> frozenset[str]:
         """What a job needs no swap for: models on its device that stay there, and those that its
         jobs load."""
-        there = {model.path for model in self.models if model.tier == "device"}
         jobs = [job for job in self.running.values() if not job.has_ended]
         going = {job.model for job in jobs if isinstance(job.message, messages.Unload)}
-        return frozenset((there | {job.model for job in jobs}) - going)
+        return frozenset((self._loaded | {job.model for job in jobs}) - going)
+
+    @property
+    def _loaded(self) -> set[str]:
+        return {model.path for model in self.models if model.tier == "device"}
 
     def stalled(self, settings: Settings, launching: bool, now: float) -> str | None:
         """What took longer than it may, in words; None when all goes on."""
@@ -163,11 +166,14 @@ class Worker:
         return self.state is WorkerState.READY and now - self.state_since > STAY_UP_SECONDS
 
     def view(self, estimates: Estimates, now: float) -> WorkerView:
-        jobs = self.running.values()
+        jobs, loaded = self.running.values(), self._loaded
         return WorkerView(
             id=self.id,
             capacity=self.capacity,
-            running_seconds=tuple(job.running_seconds(estimates, len(jobs), now) for job in jobs),
+            running_seconds=tuple(
+                job.running_seconds(estimates, len(jobs), now, loaded=job.model in loaded)
+                for job in jobs
+            ),
             exclusive=any(job.alone for job in jobs),
             resident=self.resident,
         )

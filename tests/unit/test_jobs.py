@@ -195,6 +195,10 @@ def measured() -> Estimates:
     return estimates
 
 
+def left(one: Job, now: float, rows: int = 1, loaded: bool = True) -> float:
+    return one.running_seconds(measured(), rows, now, loaded=loaded)
+
+
 def test_a_jobs_work_is_its_steps_over_all_pictures() -> None:
     one, _ = started(calls=2)
     assert one.work_seconds(measured()) == 20 * 0.5
@@ -219,31 +223,40 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert one.running_seconds(measured(), 1, one.moved_at) == 3 + 5
+    assert left(one, one.moved_at) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert one.running_seconds(measured(), 1, 2.0) == 3 + 5
-    assert one.running_seconds(measured(), 1, 2.5) == 3 + 5 - 0.5
+    assert left(one, 2.0) == 3 + 5
+    assert left(one, 2.5) == 3 + 5 - 0.5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured(), 1, 2.0) == 4.5
+    assert left(one, 2.0) == 4.5
 
 
-@pytest.mark.parametrize(("rows", "now", "left"), [
+def test_no_step_is_done_before_the_model_is_loaded() -> None:
+    one, _ = started()
+    assert left(one, one.moved_at + 2, loaded=False) == left(one, one.moved_at + 2) == 3 + 5 - 2
+    assert left(one, one.moved_at + 4, loaded=False) == 5
+    assert left(one, one.moved_at + 4) == 3 + 5 - 4
+
+
+@pytest.mark.parametrize(("rows", "now", "seconds"), [
     (1, 3.0, 3.5), (2, 3.75, 3.5), (5, 3.0, 4.25),  # a step of five rows takes four times
     (1, 2.0 + UNFOLLOWED_SECONDS, 0.5), (1, 99.0, 0.5),
 ])  # fmt: skip
-def test_steps_that_nobody_told_of_follow_from_the_time(rows: int, now: float, left: float) -> None:
+def test_steps_that_nobody_told_of_follow_from_the_time(
+    rows: int, now: float, seconds: float
+) -> None:
     """But not for longer than a worker may be silent."""
     one, _ = started()
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert one.running_seconds(measured(), rows, now) == left
+    assert left(one, now, rows) == seconds
 
 
 def test_a_job_that_takes_longer_than_it_should_is_about_to_be_done() -> None:
     one, _ = started()
     one.moved(progress("denoising", 9, 10), 2.0)
-    assert one.running_seconds(measured(), 1, 4.0) == 0.0
+    assert left(one, 4.0) == 0.0
     one.moved(progress("decoding", 10, 10), 100.0)
-    assert one.running_seconds(measured(), 1, 101.0) == 0.0
+    assert left(one, 101.0) == 0.0
 
 
 def test_a_queued_job_shows_placement_what_it_needs() -> None:

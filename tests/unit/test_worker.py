@@ -161,7 +161,10 @@ def test_placement_sees_what_runs_and_what_is_resident() -> None:
     view = one.view(Estimates(), now=0.0)
     assert (view.capacity, view.running_seconds, view.exclusive) == (4, (1.0,), False)
     assert view.resident == {"/models/cat", "/models/dog"}
+    assert one.view(Estimates(), now=0.5).running_seconds == (0.5,)
     assert one.holds("/models/cat")
     assert not one.holds("/models/cow")
     one.running["a"].alone = True
     assert one.view(Estimates(), now=0.0).exclusive
+    one.models = [resident("dog")]
+    assert one.view(Estimates(), now=0.5).running_seconds == (1.0,)  # it is not loaded yet
