@@ -1,7 +1,8 @@
 """A worker's process: its descriptors, its parent and its last act.
 
-`python -m gpu_worker --read-fd N --write-fd M [--parent PID]`. Imports nothing
-heavy before the environment keeps the model libraries off the network.
+`python -m gpu_worker --read-fd N --write-fd M [--parent PID]`, or with `--fork-server FD` for a
+process that is forked into workers (fork_server.py). Imports nothing heavy before the environment
+keeps the model libraries off the network.
 """
 
 import argparse
@@ -10,11 +11,13 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn
 
-from gpu_worker import guard, loop
+from gpu_worker import fork_server, guard, loop
 from ipc.channel import BlockingChannel, Codec
 from ipc.messages import Start, ToWorker
 
@@ -23,12 +26,16 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_T
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """`read_fd`, `write_fd` and `parent` (a process id or None)."""
+    """`read_fd` and `write_fd`, or `fork_server`, a socket; `parent`, a process id or None."""
     parser = argparse.ArgumentParser(prog="gpu_worker")
-    parser.add_argument("--read-fd", type=int, required=True)
-    parser.add_argument("--write-fd", type=int, required=True)
+    parser.add_argument("--read-fd", type=int)
+    parser.add_argument("--write-fd", type=int)
+    parser.add_argument("--fork-server", type=int)
     parser.add_argument("--parent", type=int)
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.fork_server is None and None in (given.read_fd, given.write_fd):
+        parser.error("--read-fd and --write-fd are required")
+    return given
 
 
 def die_with_parent(parent: int | None) -> None:
@@ -51,21 +58,15 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run(given: argparse.Namespace, make_runner: loop.MakeRunner) -> NoReturn:
-    """Serve on the descriptors until told to stop, or until the supervisor has gone."""
-    signal.signal(signal.SIGTERM, lambda *_: end(0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    channel: loop.Channel = BlockingChannel(given.read_fd, given.write_fd, Codec(ToWorker))
-    end(loop.serve(channel, make_runner))
-
-
-def main() -> NoReturn:
-    given = arguments(sys.argv[1:])
-    die_with_parent(given.parent)
-    guard.start(given.read_fd, given.write_fd)
-    os.environ.update(OFFLINE)
+def work(prepare: Callable[[], None], parent: int | None, read_fd: int, write_fd: int) -> NoReturn:
+    """A worker's life: serve on the descriptors until told to stop, or until the supervisor has
+    gone. `prepare` is called when all is imported."""
+    die_with_parent(parent)
+    guard.start(read_fd, write_fd)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("gpu_worker").setLevel(logging.INFO)  # the supervisor reads standard error
+    signal.signal(signal.SIGTERM, lambda *_: end(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def make_runner(start: Start, send: loop.Send) -> loop.Runner:
         # Libraries make hundreds of thousands of objects that stay: to look for garbage among them
@@ -73,11 +74,34 @@ def main() -> NoReturn:
         gc.disable()
         from gpu_worker.runner import BatchingRunner
 
+        prepare()
         runner = BatchingRunner(start, send)
         gc.enable()
         return runner
 
-    run(given, make_runner)
+    channel: loop.Channel = BlockingChannel(read_fd, write_fd, Codec(ToWorker))
+    end(loop.serve(channel, make_runner))
+
+
+def imports() -> None:
+    """The libraries, which take long; a worker that was forked after it has them."""
+    import gpu_worker.runner  # noqa: F401
+
+
+def begin(life: Callable[[int | None, int, int], NoReturn], imports: Callable[[], None]) -> None:
+    """What the command line asks for: one life, or a server that forks lives."""
+    given = arguments(sys.argv[1:])
+    os.environ.update(OFFLINE)
+    own = partial(life, given.parent)
+    if given.fork_server is None:
+        own(given.read_fd, given.write_fd)
+    die_with_parent(given.parent)
+    with socket.socket(fileno=given.fork_server) as orders:
+        fork_server.serve(orders, imports, own)
+
+
+def main(prepare: Callable[[], None] = lambda: None) -> None:
+    begin(partial(work, prepare), imports)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The device that this worker has: its type of weights, its memory, its name."""
 
 import importlib.metadata
+import os
 import platform
 
 import diffusers
@@ -86,6 +87,13 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def use_threads() -> None:
+    """As many as the environment says; torch has read it already where this was forked."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal():
+        torch.set_num_threads(int(threads))
 
 
 def name(device: str) -> str:

@@ -67,6 +67,7 @@ class BatchingRunner:
         self._engine = Engine(forwards, wake=wake, around=unwaited(place))
         self._aftermath = Aftermath(start, self._engine, self._loader, self._compiler, send)
         device.quiet_libraries()
+        device.use_threads()
         # What was imported never becomes garbage: no collection has to look at it again.
         gc.freeze()
         send(device.ready(start, CAPACITY))

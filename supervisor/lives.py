@@ -19,9 +19,16 @@ from ipc.channel import Codec, PeerGone, ProtocolError
 from supervisor import monitoring
 from supervisor.conversation import Conversation
 from supervisor.fleet import Fleet
+from supervisor.fork_server import ForkServer
 from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
-from supervisor.worker_process import COMMAND, Exit, WorkerProcess
+from supervisor.worker_process import (
+    COMMAND,
+    Exit,
+    Start,
+    WorkerProcess,
+    start_program,
+)
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")
@@ -49,7 +56,9 @@ class Lives:
         begin: Begin,
         command: Sequence[str] = COMMAND,
         environ: Mapping[str, str] = os.environ,
+        forks: bool = False,
     ) -> None:
+        """`forks`: the command knows `--fork-server`."""
         self._fleet = fleet
         self._begin = begin
         self._command = command
@@ -57,12 +66,18 @@ class Lives:
         self._baselines: dict[int, int | None] = {}
         sharers = sum(worker.device == "cpu" for worker in fleet.workers.values())
         self._threads = max(len(os.sched_getaffinity(0)) // max(sharers, 1), 1)
+        limit = fleet.settings.start_timeout_seconds
+        shared = environment_of_all(environ)
+        self._fork_server = ForkServer(command, shared, limit) if forks else None
         self._codec: Codec[messages.ToWorker, messages.FromWorker] = Codec(messages.FromWorker)
 
     async def run(self) -> None:
         """Returns when every worker is stopped."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._tick)
+            if self._fork_server is not None:
+                group.start_soon(self._fork_server.run)
+                group.start_soon(self._fork_server.reap_strays)
             async with anyio.create_task_group() as workers:
                 for worker in self._fleet.workers.values():
                     workers.start_soon(self._live, worker)
@@ -87,10 +102,11 @@ class Lives:
         environ = environment(worker.device, self._environ, self._threads)
         if worker.device != "cpu":
             await self._memory_is_back(worker, environ["CUDA_VISIBLE_DEVICES"])
+        start = await self._way_to_start(worker)
         if worker.state is not WorkerState.STARTING:  # told to stop before there was a process
             return self._fleet.spawn_failed(worker, "it was told to stop")
         try:
-            process = await WorkerProcess.spawn(environ, self._codec, self._command)
+            process = await WorkerProcess.spawn(environ, self._codec, start)
         except OSError as error:
             return self._fleet.spawn_failed(worker, error.strerror or type(error).__name__)
         try:
@@ -99,6 +115,16 @@ class Lives:
             with anyio.CancelScope(shield=True):
                 await process.end()
         self._fleet.worker_exited(worker, exit)
+
+    async def _way_to_start(self, worker: Worker) -> Start:
+        """By the fork server where there is one, once it can; not after a start that failed, since
+        what was imported may be to blame."""
+        forks = self._fork_server
+        if forks is None or worker.failed_starts:
+            return partial(start_program, self._command)
+        while forks.is_starting and worker.state is WorkerState.STARTING:  # noqa: ASYNC110
+            await anyio.sleep(POLL_SECONDS)
+        return forks.fork if forks.is_ready else partial(start_program, self._command)
 
     async def _until_exit(self, worker: Worker, process: WorkerProcess) -> Exit:
         received = partial(self._fleet.received, worker)
@@ -172,8 +198,19 @@ class Lives:
         self._fleet.protocol_broken(worker, reason)
 
 
+def environment_of_all(environ: Mapping[str, str]) -> dict[str, str]:
+    """What all workers see: no secret, and never the network."""
+    return {
+        **{name: value for name, value in environ.items() if name not in SECRET_VARIABLES},
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
 def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[str, str]:
-    """A worker's environment: it sees one device, no secret, and never the network.
+    """A worker's environment: it sees one device.
 
     `threads` is a worker's share of the host's processors when it computes on them.
     """
@@ -182,10 +219,6 @@ def environment(device: str, environ: Mapping[str, str], threads: int) -> dict[s
     listed = bool(index) and visible != [""] and int(index) < len(visible)
     return {
         **({"OMP_NUM_THREADS": str(threads)} if device == "cpu" else {}),
-        **{name: value for name, value in environ.items() if name not in SECRET_VARIABLES},
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        **environment_of_all(environ),
         "CUDA_VISIBLE_DEVICES": visible[int(index)] if listed else index,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
     }

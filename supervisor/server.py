@@ -67,7 +67,10 @@ class Server:
         settings: Settings,
         listening: list[socket.socket],
         command: Sequence[str] = COMMAND,
+        *,
+        forks: bool = True,
     ) -> None:
+        """`command` starts a worker; `forks`: or a fork server."""
         self.settings = settings
         self._sockets = listening
         devices = devices_of(settings)
@@ -79,7 +82,7 @@ class Server:
         if settings.launch_checkpoint:
             launch = preparation.load(settings.launch_checkpoint, settings.launch_vae, "launch")
         self.fleet = Fleet(settings, devices, launch)
-        self._lives = Lives(self.fleet, self._start_message, command)
+        self._lives = Lives(self.fleet, self._start_message, command, forks=forks)
         self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes, self._paths_in_use)
         self._outbox = Outbox(settings.data_dir / "outbox.sqlite3")
         self._storage = Storage(settings.image_dir, self._quota)

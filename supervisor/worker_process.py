@@ -1,4 +1,4 @@
-"""Spawns, signals and reaps ONE child process; the only user of subprocesses.
+"""Starts, signals and reaps ONE child process; the only user of the system's calls for that.
 
 The child leads a session of its own, so that a signal to its group reaches
 whatever it started. What it prints is drained line by line into the log.
@@ -7,13 +7,12 @@ whatever it started. What it prints is drained line by line into the log.
 import fcntl
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import anyio
-import anyio.abc
 import msgspec
 
 from ipc.channel import Codec, NonBlockingChannel
@@ -21,6 +20,7 @@ from ipc.messages import FromWorker, ToWorker
 
 COMMAND = (sys.executable, "-m", "gpu_worker")
 MAX_LINE_BYTES = 4000
+READ_BYTES = 2**16
 PIPE_BYTES = 2**20
 REAP_SECONDS = 5.0
 REAP_POLL_SECONDS = 0.01
@@ -40,68 +40,50 @@ class Exit(msgspec.Struct, frozen=True):
             return f"was ended by signal {-self.code}"
 
 
-class WorkerProcess:
-    """A child that lives, and its channel."""
+class Ends(NamedTuple):
+    """The descriptors of a worker: what it reads and writes messages on, and its output."""
 
-    def __init__(
-        self, process: anyio.abc.Process, channel: NonBlockingChannel[ToWorker, FromWorker]
-    ) -> None:
-        self._process = process
-        self.channel = channel
-        self.pid = process.pid
+    reads: int
+    writes: int
+    output: int
+
+
+Start = Callable[[Mapping[str, str], Ends], Awaitable[int]]
+"""Begins a worker with an environment and returns its process's id. Raises OSError."""
+
+
+waited_for: set[int] = set()
+"""Children that somebody reaps."""
+
+
+class Child:
+    """A child that lives; `output` is where what it prints can be read."""
+
+    def __init__(self, pid: int, output: int) -> None:
+        waited_for.add(pid)
+        os.set_blocking(output, False)
+        self.pid = pid
+        self._output = output
+        self._exit: Exit | None = None
         self._group_ended = False
-
-    @classmethod
-    async def spawn(
-        cls,
-        environ: Mapping[str, str],
-        codec: Codec[ToWorker, FromWorker],
-        command: Sequence[str] = COMMAND,
-    ) -> "WorkerProcess":
-        """Called on the main thread: parent-death signals follow the spawning thread."""
-        child_reads, we_write = os.pipe()
-        try:
-            we_read, child_writes = os.pipe()
-        except OSError:
-            os.close(child_reads)
-            os.close(we_write)
-            raise
-        with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
-            _enlarge(we_write)
-            _enlarge(we_read)
-        channel = NonBlockingChannel(we_read, we_write, codec)
-        descriptors = ("--read-fd", str(child_reads), "--write-fd", str(child_writes))
-        try:
-            process = await anyio.open_process(
-                [*command, *descriptors, "--parent", str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(environ),
-                start_new_session=True,
-                pass_fds=(child_reads, child_writes),
-            )
-        except BaseException:
-            channel.close()
-            raise
-        finally:
-            os.close(child_reads)
-            os.close(child_writes)
-        return cls(process, channel)
 
     async def lines(self) -> AsyncIterator[str]:
         """What the child prints, until it closes its output."""
-        assert self._process.stdout is not None
         rest = b""
-        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):
-            async for chunk in self._process.stdout:
-                *whole, rest = (rest + chunk).split(b"\n")
-                if len(rest) > MAX_LINE_BYTES:
-                    whole, rest = [*whole, rest], b""
-                for line in whole:
-                    yield _text(line)
+        while chunk := await self._read():
+            *whole, rest = (rest + chunk).split(b"\n")
+            if len(rest) > MAX_LINE_BYTES:
+                whole, rest = [*whole, rest], b""
+            for line in whole:
+                yield _text(line)
         if rest:
             yield _text(rest)
+
+    async def _read(self) -> bytes:
+        while True:
+            await anyio.wait_readable(self._output)
+            with suppress(BlockingIOError):
+                return os.read(self._output, READ_BYTES)
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -110,29 +92,37 @@ class WorkerProcess:
         self._signal(signal.SIGKILL)
 
     async def wait(self) -> Exit:
-        """Waits for the process to be reaped and ends what is left of its group.
-
-        The library's own wait also waits for the pipes, which a grandchild may hold.
-        """
+        """Reaps the process when it has ended, and ends what is left of its group."""
         with suppress(OSError):  # no such descriptors here, or reaped already
             descriptor = os.pidfd_open(self.pid)
             try:
                 await anyio.wait_readable(descriptor)
             finally:
                 os.close(descriptor)
-        while (code := self._process.returncode) is None:  # noqa: ASYNC110 - reaped by now
-            await anyio.sleep(REAP_POLL_SECONDS)
+        while self._exit is None:
+            self._exit = _reaped(self.pid)
+            if self._exit is None:
+                await anyio.sleep(REAP_POLL_SECONDS)
+        waited_for.discard(self.pid)
         self.kill()
         self._group_ended = True  # from now on the number may be somebody else's
-        return Exit(code)
+        return self._exit
 
     async def end(self) -> None:
-        """Kills what still lives and closes every descriptor."""
+        """Kills what still lives, reaps it and closes every descriptor."""
         self.kill()
-        self.channel.close()
         with anyio.move_on_after(REAP_SECONDS):
-            await self._process.aclose()
-        _reap_group(self.pid)
+            await self.wait()
+            await self._reap_group()
+        os.close(self._output)
+
+    async def _reap_group(self) -> None:
+        """What the child had started has become ours where we are a subreaper, or process 1 of a
+        container."""
+        with suppress(ChildProcessError):
+            while True:
+                if _reaped(-self.pid) is None:
+                    await anyio.sleep(REAP_POLL_SECONDS)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._group_ended:
@@ -141,16 +131,97 @@ class WorkerProcess:
             os.killpg(self.pid, number)
 
 
+class WorkerProcess(Child):
+    """A worker's process and its channel."""
+
+    def __init__(
+        self, pid: int, output: int, channel: NonBlockingChannel[ToWorker, FromWorker]
+    ) -> None:
+        super().__init__(pid, output)
+        self.channel = channel
+
+    @classmethod
+    async def spawn(
+        cls, environ: Mapping[str, str], codec: Codec[ToWorker, FromWorker], start: Start
+    ) -> "WorkerProcess":
+        """Called on the main thread: parent-death signals follow the spawning thread. Raises
+        OSError."""
+        child_reads, we_write, we_read, child_writes, we_hear, child_prints = _pipes(3)
+        with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
+            _enlarge(we_write)
+            _enlarge(we_read)
+        ends = Ends(child_reads, child_writes, child_prints)
+        try:
+            pid = await start(environ, ends)
+        except BaseException:
+            _close(we_write, we_read, we_hear)
+            raise
+        finally:
+            _close(*ends)
+        return cls(pid, we_hear, NonBlockingChannel(we_read, we_write, codec))
+
+    async def end(self) -> None:
+        self.channel.close()
+        await super().end()
+
+
+async def start_program(command: Sequence[str], environ: Mapping[str, str], ends: Ends) -> int:
+    """A worker of its own program; with `command` given, this is a Start."""
+    arguments = ("--read-fd", str(ends.reads), "--write-fd", str(ends.writes))
+    parent = ("--parent", str(os.getpid()))
+    passed = (ends.reads, ends.writes)
+    return run_program([*command, *arguments, *parent], environ, passed, ends.output)
+
+
+def run_program(
+    command: Sequence[str], environ: Mapping[str, str], passed: Sequence[int], output: int
+) -> int:
+    """The id of a new process, which has the descriptors `passed` too. Raises OSError."""
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, output, 1),
+        (os.POSIX_SPAWN_DUP2, output, 2),
+        *((os.POSIX_SPAWN_DUP2, each, each) for each in passed),  # which leaves them open
+    ]
+    return os.posix_spawn(command[0], [*command], environ, file_actions=actions, setsid=True)
+
+
+def reap_strays() -> None:
+    """What workers have started and left behind in groups of its own becomes ours, where we are a
+    subreaper, and is nobody's when it ends."""
+    with suppress(ChildProcessError):
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while (ended := os.waitid(os.P_ALL, 0, look)) and ended.si_pid not in waited_for:
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _reaped(process: int) -> Exit | None:
+    """None while it lives; of a group, given as a negative number, any process that has ended.
+    Raises ChildProcessError where there is none."""
+    pid, status = os.waitpid(process, os.WNOHANG)
+    return Exit(os.waitstatus_to_exitcode(status)) if pid else None
+
+
+def _pipes(count: int) -> list[int]:
+    """Descriptors in pairs, to read from and to write to."""
+    descriptors: list[int] = []
+    try:
+        for _ in range(count):
+            descriptors += os.pipe()
+    except OSError:
+        _close(*descriptors)
+        raise
+    return descriptors
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
 def _text(line: bytes) -> str:
     return line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip()
 
 
 def _enlarge(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-
-
-def _reap_group(group: int) -> None:
-    """The worker's own children become ours where we are process 1 of a container."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG)[0]:
-            pass

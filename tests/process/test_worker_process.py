@@ -2,18 +2,20 @@
 
 import sys
 import time
+from functools import partial
 
 import anyio
 import psutil
 
 from ipc import messages as m
 from ipc.channel import Codec
-from supervisor.worker_process import WorkerProcess
+from supervisor.worker_process import WorkerProcess, start_program
 
 
 async def spawn(script: str) -> WorkerProcess:
     """A Python program; it is given the descriptors as arguments and ignores them."""
-    return await WorkerProcess.spawn({}, Codec(m.FromWorker), (sys.executable, "-c", script))
+    start = partial(start_program, (sys.executable, "-c", script))
+    return await WorkerProcess.spawn({}, Codec(m.FromWorker), start)
 
 
 def gone(pid: int) -> bool:

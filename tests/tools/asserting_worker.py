@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.tools.real_worker import serve
+from gpu_worker.__main__ import main
 
 
 def is_due(file: Path) -> bool:
@@ -51,4 +51,4 @@ def make_breakable(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(lambda: make_breakable(Path(os.environ["IGI_ASSERT_FILE"])))
+    main(lambda: make_breakable(Path(os.environ["IGI_ASSERT_FILE"])))

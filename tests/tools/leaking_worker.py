@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.tools.real_worker import serve
+from gpu_worker.__main__ import main
 
 
 def is_due(file: Path, part: str) -> bool:
@@ -56,4 +56,4 @@ def make_leaky(file: Path, allocated: int) -> None:
 
 if __name__ == "__main__":
     file, allocated = os.environ["IGI_OUT_OF_MEMORY_FILE"], os.environ["IGI_ALLOCATED_BYTES"]
-    serve(lambda: make_leaky(Path(file), int(allocated)))
+    main(lambda: make_leaky(Path(file), int(allocated)))

@@ -349,10 +349,9 @@ def files(path: Path) -> list[Path]:
     return [path]
 
 
-def main() -> NoReturn:
-    given = process.arguments(sys.argv[1:])
-    process.die_with_parent(given.parent)
-    guard.start(given.read_fd, given.write_fd)
+def work(parent: int | None, read_fd: int, write_fd: int) -> NoReturn:
+    process.die_with_parent(parent)
+    guard.start(read_fd, write_fd)
     script = environment_script()
     state = {"ignore_term": script.get("fault") == "ignore_term"}
     signal.signal(signal.SIGTERM, lambda *_: None if state["ignore_term"] else process.end(0))
@@ -364,14 +363,14 @@ def main() -> NoReturn:
             os._exit(script.get("code", 1))
         if script.get("fault") == "hang_before_ready" and still_due(script):
             threading.Event().wait()
-        return ScriptedRunner(start, send, given.write_fd, state)
+        return ScriptedRunner(start, send, write_fd, state)
 
-    channel: loop.Channel = BlockingChannel(given.read_fd, given.write_fd, Codec(m.ToWorker))
+    channel: loop.Channel = BlockingChannel(read_fd, write_fd, Codec(m.ToWorker))
     code = loop.serve(channel, make_runner)
-    if state["ignore_term"] and code == 0 and os.getppid() == given.parent:
+    if state["ignore_term"] and code == 0 and os.getppid() == parent:
         threading.Event().wait()
     process.end(code)
 
 
 if __name__ == "__main__":
-    main()
+    process.begin(work, lambda: None)

@@ -22,7 +22,10 @@ PURE = ("settings", "errors", "states", "placement", "jobs", "estimates", "worke
         "admission", "suspects", "rotation",
         "headers", "families", "catalogue", "parameters", "schedulers", "webhooks",
         "answers", "infotext", "openai_images", "start_checks")  # fmt: skip
-OWNERS_OF_SUBPROCESSES = {"supervisor/worker_process.py"}
+OWNERS_OF_PROCESSES = {"supervisor/worker_process.py"}
+BEGINNINGS = {"fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "Popen",
+              "open_process", "run_process", "create_subprocess_exec",
+              "create_subprocess_shell"}  # fmt: skip
 
 
 def statements(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
@@ -65,14 +68,23 @@ def test_a_pure_file_imports_nothing_that_acts(name: str) -> None:
         assert not tops(path) & (DOING | {"psutil", "httpx"})
 
 
+def starts_processes(path: Path) -> bool:
+    """By the standard library or by anyio."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    called = {
+        node.func.attr
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and getattr(node.func.value, "id", "") in ("os", "anyio", "asyncio")
+    }
+    return bool(tops(path) & {"subprocess", "multiprocessing", "pty"} or called & BEGINNINGS)
+
+
 def test_one_file_starts_processes() -> None:
     """The command line may start a server; it does so without a process of its own."""
-    users = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "supervisor").rglob("*.py")
-        if "subprocess" in tops(path)
-    }
-    assert users == OWNERS_OF_SUBPROCESSES
+    sources = (ROOT / "supervisor").rglob("*.py")
+    assert {str(p.relative_to(ROOT)) for p in sources if starts_processes(p)} == OWNERS_OF_PROCESSES
 
 
 def test_a_supervisor_that_is_whole_has_not_loaded_torch() -> None:

@@ -1,0 +1,157 @@
+"""Workers that are forked from one process: whose children they are, and what its end means.
+
+The workers are scripted; `--fork-server` is the real one's.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from supervisor import fork_server
+from supervisor.fork_server import ForkServer
+from supervisor.worker_process import Ends
+from tests.tools.faults import body, once
+from tests.tools.server import SCRIPTED, RunningServer, running, wait_until
+
+
+def fork_servers(server: RunningServer) -> list[psutil.Process]:
+    """Workers have their command line, but are workers."""
+    workers = {worker["pid"] for worker in server.placement()}
+    children = psutil.Process(server.process.pid).children()
+    return [each for each in children if each.pid not in workers]
+
+
+def is_forked(pid: int) -> bool:
+    return "--fork-server" in psutil.Process(pid).cmdline()
+
+
+def test_a_worker_is_the_supervisors_own_child_and_leads_a_group(
+    tmp_path: Path, models: Path
+) -> None:
+    settings = {"MODEL_DIR": str(models), "DEVICES": "cpu,cpu"}
+    with running(tmp_path, SCRIPTED, workers=2, **settings) as server:
+        for worker in server.placement():
+            pid = worker["pid"]
+            assert is_forked(pid)
+            assert psutil.Process(pid).ppid() == server.process.pid
+            assert os.getpgid(pid) == os.getsid(pid) == pid
+        assert len(fork_servers(server)) == 1
+
+
+def test_workers_outlive_the_fork_server_and_are_replaced_without_it(
+    tmp_path: Path, models: Path
+) -> None:
+    with running(tmp_path, SCRIPTED, MODEL_DIR=str(models)) as server:
+        before = server.placement()[0]["pid"]
+        fork_servers(server)[0].kill()
+        wait_until(lambda: not fork_servers(server))
+        assert server.generate(body()).status_code == 200
+        assert server.placement()[0]["pid"] == before
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: server.placement()[0]["pid"] not in (None, before))
+        server.until_ready()
+        assert not is_forked(server.placement()[0]["pid"])
+        assert server.generate(body()).status_code == 200
+
+
+def test_a_start_that_failed_is_not_tried_again_with_what_was_imported(
+    tmp_path: Path, models: Path
+) -> None:
+    script = f"die_before_ready code=4 count_file={tmp_path / 'count'} times=1"
+    with running(tmp_path, SCRIPTED, MODEL_DIR=str(models), IGI_SCRIPT=script) as server:
+        assert server.placement()[0]["last_exit"] == "exited with code 4"
+        assert not is_forked(server.placement()[0]["pid"])
+        jobs = tmp_path / "jobs"
+        jobs.mkdir()
+        dies = server.generate(body(once(jobs, "exit code=3 step=2")))
+        assert dies.json()["meta"]["attempts"] == 2
+        assert is_forked(server.placement()[0]["pid"])
+
+
+SAYS_NOTHING = "import time; time.sleep(60)"
+LATER_SAYS_NOTHING = """if True:
+    import socket, sys, time
+    orders = socket.socket(fileno=int(sys.argv[2]))
+    orders.send(b"ready")
+    time.sleep(60)
+"""
+
+
+def life_of(script: str, start_seconds: float = 20.0) -> tuple[bool, list[str]]:
+    """Whether the program could be asked to fork, and what became of that."""
+    came_of_it: list[str] = []
+
+    async def run() -> bool:
+        server = ForkServer((sys.executable, "-c", script), dict(os.environ), start_seconds)
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.run)
+            while server.is_starting:  # noqa: ASYNC110 - nothing tells of it
+                await anyio.sleep(0.01)
+            was_ready = server.is_ready
+            for _ in range(2):
+                try:
+                    await server.fork({}, Ends(0, 1, 2))
+                except OSError as error:
+                    came_of_it.append(type(error).__name__)
+            group.cancel_scope.cancel()
+        return was_ready
+
+    async def limited() -> bool:
+        with anyio.fail_after(20):
+            return await run()
+
+    return anyio.run(limited), came_of_it
+
+
+@pytest.mark.parametrize(("script", "start_seconds"), [("", 20.0), (SAYS_NOTHING, 0.5)])
+def test_one_that_ends_or_takes_too_long_is_not_asked(script: str, start_seconds: float) -> None:
+    assert life_of(script, start_seconds) == (False, ["ConnectionError"] * 2)
+
+
+def test_one_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_server, "ANSWER_SECONDS", 0.2)
+    assert life_of(LATER_SAYS_NOTHING) == (True, ["TimeoutError", "ConnectionError"])
+
+
+def test_a_program_that_is_not_there_is_no_fork_server() -> None:
+    async def run() -> None:
+        server = ForkServer(("/no/such/program",), {}, 20.0)
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.run)
+            with anyio.fail_after(5):
+                while server.is_starting:  # noqa: ASYNC110 - nothing tells of it
+                    await anyio.sleep(0.01)
+            assert not server.is_ready
+            group.cancel_scope.cancel()
+
+    anyio.run(run)
+
+
+STRAY = """if True:
+    import ctypes, os, sys, time
+    from supervisor.worker_process import reap_strays
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+    child = os.fork()
+    if child == 0:
+        if os.fork() == 0:
+            os.setsid()
+        os._exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.2)
+    reap_strays()
+    try:
+        print(os.waitpid(-1, os.WNOHANG))
+    except ChildProcessError:
+        print("none is left")
+"""
+
+
+def test_what_a_worker_leaves_in_another_group_is_reaped() -> None:
+    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True)
+    assert done.stdout == "none is left\n", done.stderr
