@@ -275,7 +275,7 @@ class Fleet:
     def _models_changed(self, worker: Worker, residency: messages.Residency) -> None:
         before = {model.path: model for model in worker.models}
         after = {model.path: model for model in residency.models}
-        worker.models, worker.memory = residency.models, residency.memory
+        worker.told(residency, self._now())
         loaded = [model for path, model in after.items() if path not in before]
         unloaded = [model for path, model in before.items() if path not in after]
         if loaded or unloaded:

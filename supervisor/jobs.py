@@ -99,7 +99,7 @@ class Job:
     swaps: bool = False
     """Its worker did not hold the model when the job was sent there."""
     moved_at: float = 0.0
-    """When its worker last said anything of it."""
+    """When its worker last said anything of it, or that its model is there."""
     position: int = 0
     started_at: float | None = None
     phase: messages.Phase | None = None
@@ -229,15 +229,15 @@ class Job:
     def running_seconds(
         self, estimates: Estimates, rows: int, now: float, *, loaded: bool
     ) -> float:
-        """Where it runs as one of so many: the steps that are left, and the swap while that is not
-        over, less what has been done since its worker last said anything of it. No step is done
-        before its model is `loaded`."""
+        """Where it runs as one of so many: the steps that are left, less those since it last
+        moved, and before its model is `loaded` the rest of a swap instead of the latter."""
         work = self.work_seconds(estimates)
-        loading = self.swaps and self.phase in (None, "loading")
-        swap = estimates.swaps.expected(self.model) if loading else 0.0
         # As long as a worker that is well may be silent: one that hangs is not about to be done.
-        done = min(now - self.moved_at, UNFOLLOWED_SECONDS) / slowdown(rows)
-        return max(swap + work - done, 0.0 if loaded else work)
+        since = min(now - self.moved_at, UNFOLLOWED_SECONDS)
+        if loaded or self.phase not in (None, "loading"):
+            return max(work - since / slowdown(rows), 0.0)
+        swap = estimates.swaps.expected(self.model) if self.swaps else 0.0
+        return work + max(swap - since, 0.0)
 
     @property
     def expected_pictures(self) -> int:

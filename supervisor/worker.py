@@ -114,6 +114,14 @@ class Worker:
         self.failures += 1
         self.failed_starts = 0 if self.was_ready else self.failed_starts + 1
 
+    def told(self, residency: messages.Residency, now: float) -> None:
+        """What it holds, and with that, whose model is there."""
+        before = self._loaded
+        self.models, self.memory = residency.models, residency.memory
+        for job in self.running.values():
+            if job.model in self._loaded - before:
+                job.moved_at = now
+
     def holds(self, path: str) -> bool:
         """On its device, or mapped for it on the host."""
         return any(model.path == path for model in self.models)

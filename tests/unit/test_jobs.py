@@ -223,19 +223,21 @@ def test_what_makes_no_picture_takes_no_steps() -> None:
 
 def test_a_swap_counts_until_it_is_over() -> None:
     one, _ = started()
-    assert left(one, one.moved_at) == 3 + 5
+    assert left(one, one.moved_at, loaded=False) == 3 + 5
     one.moved(progress("loading"), 2.0)
-    assert left(one, 2.0) == 3 + 5
-    assert left(one, 2.5) == 3 + 5 - 0.5
+    assert left(one, 2.0, loaded=False) == 3 + 5
+    assert left(one, 2.5, rows=4, loaded=False) == 3 + 5 - 0.5  # others' steps do not slow it down
+    assert left(one, 5.5, loaded=False) == 5  # no step is done before
+    assert left(one, 2.5) == 5 - 0.5
     one.moved(progress("denoising", 1, 10), 2.0)
-    assert left(one, 2.0) == 4.5
+    assert left(one, 2.0, loaded=False) == 4.5
 
 
-def test_no_step_is_done_before_the_model_is_loaded() -> None:
-    one, _ = started()
-    assert left(one, one.moved_at + 2, loaded=False) == left(one, one.moved_at + 2) == 3 + 5 - 2
-    assert left(one, one.moved_at + 4, loaded=False) == 5
-    assert left(one, one.moved_at + 4) == 3 + 5 - 4
+def test_who_follows_a_swap_waits_for_it_too() -> None:
+    one = job()
+    one.dispatched(3, 1.0, swaps=False)
+    assert left(one, 2.0, loaded=False) == 5
+    assert left(one, 2.0) == 4
 
 
 @pytest.mark.parametrize(("rows", "now", "seconds"), [

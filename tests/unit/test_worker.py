@@ -8,7 +8,7 @@ from supervisor.estimates import Estimates
 from supervisor.jobs import Job
 from supervisor.states import WorkerEvent, WorkerState
 from supervisor.worker import Worker
-from tests.tools.fleets import SETTINGS, FakeProcess, job, model, resident
+from tests.tools.fleets import MEMORY, SETTINGS, FakeProcess, job, model, resident
 
 
 def worker(state: WorkerState = WorkerState.READY, **phases: m.Phase | None) -> Worker:
@@ -142,6 +142,20 @@ def test_of_a_process_that_is_gone_nothing_is_kept() -> None:
     one.post(m.Shutdown())  # falls into nowhere
 
 
+def test_a_jobs_steps_begin_when_its_model_is_on_the_device() -> None:
+    one = worker(a=None)
+
+    def left(now: float) -> tuple[float, ...]:
+        return one.view(Estimates(), now).running_seconds
+
+    one.told(m.Residency(models=[resident("cat", "host"), resident("dog")], memory=MEMORY), 1.0)
+    assert left(1.5) == (1.0,)
+    one.told(m.Residency(models=[resident("cat")], memory=MEMORY), 2.0)
+    assert left(2.5) == (0.5,)
+    one.told(m.Residency(models=[resident("cat"), resident("dog")], memory=MEMORY), 2.5)
+    assert left(2.75) == (0.25,)
+
+
 def test_deaths_before_ready_are_counted_apart() -> None:
     one = worker(WorkerState.STARTING)
     one.died("exited with code 1")
@@ -166,5 +180,3 @@ def test_placement_sees_what_runs_and_what_is_resident() -> None:
     assert not one.holds("/models/cow")
     one.running["a"].alone = True
     assert one.view(Estimates(), now=0.0).exclusive
-    one.models = [resident("dog")]
-    assert one.view(Estimates(), now=0.5).running_seconds == (1.0,)  # it is not loaded yet
