@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ipc.forking import DESCRIPTORS, MAX_ORDER_BYTES, READY, decode_order
+from ipc.forking import DESCRIPTORS, MAX_ORDER_BYTES, NOBODY, READY, decode_order
 
 Life = Callable[[int, int], NoReturn]
 """A worker's, in its own process: on the descriptors that it reads and writes messages on."""
@@ -34,44 +34,44 @@ def serve(orders: socket.socket, imports: Callable[[], None], life: Life) -> Non
         order, descriptors, _, _ = socket.recv_fds(orders, MAX_ORDER_BYTES, DESCRIPTORS)
         if not order:
             return
-        orders.send(b"%d" % _forked(order, descriptors, orders, life))
+        if not _fork(order, descriptors, orders, life):
+            orders.send(NOBODY)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _forked(order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life) -> int:
-    """The id of a new worker's process, whose parent has gone by now."""
-    hears, tells = os.pipe()
+def _fork(order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life) -> bool:
+    """Whether there is a new worker; it answers the order itself."""
     parent = os.fork()
     if parent == 0:
-        _leave_orphan(order, descriptors, orders, life, tells)
-    os.close(tells)
-    os.waitpid(parent, 0)
-    pid = int(os.read(hears, MAX_ORDER_BYTES) or b"0")
-    os.close(hears)
-    return pid
+        _leave_orphan(order, descriptors, orders, life)
+    _, status = os.waitpid(parent, 0)
+    return status == 0
 
 
 def _leave_orphan(
-    order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life, tells: int
+    order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life
 ) -> NoReturn:
+    code = 1
     try:
-        parent, worker = os.getpid(), os.fork()
-        if worker == 0:
-            os.close(tells)
-            orders.close()
-            _become_worker(order, descriptors, life, parent)
-        os.write(tells, b"%d" % worker)
+        parent = os.getpid()
+        if os.fork() == 0:
+            _become_worker(order, descriptors, orders, life, parent)
+        code = 0
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(1)
+        os._exit(code)
 
 
-def _become_worker(order: bytes, descriptors: Sequence[int], life: Life, parent: int) -> NoReturn:
+def _become_worker(
+    order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life, parent: int
+) -> NoReturn:
     while os.getppid() == parent:
         time.sleep(ORPHAN_POLL_SECONDS)
     os.setsid()
+    with orders:
+        orders.send(b"%d" % os.getpid())
     read_fd, write_fd, output = descriptors
     os.dup2(output, 1)
     os.dup2(output, 2)

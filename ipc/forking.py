@@ -2,7 +2,7 @@
 
 The fork server says READY once it can fork. An order is the environment of a new worker, sent with
 three descriptors: those that the worker reads and writes messages on, and its output. The answer
-is the new process's id as text.
+is the new process's id as text, or NOBODY's.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 READY = b"ready"
+NOBODY = b"0"
 MAX_ORDER_BYTES = 2**20
 MAX_ANSWER_BYTES = 100
 DESCRIPTORS = 3

@@ -71,7 +71,7 @@ class ForkServer:
             try:
                 with anyio.fail_after(ANSWER_SECONDS):
                     socket.send_fds(self._orders, [order], descriptors)
-                    pid = int(await _received(self._orders) or b"0")
+                    pid = int(await _received(self._orders) or forking.NOBODY)
             except BaseException:
                 self._give_up()  # its late answer would be taken for the next one's
                 raise
