@@ -229,8 +229,8 @@ class Job:
     def running_seconds(
         self, estimates: Estimates, rows: int, now: float, *, loaded: bool
     ) -> float:
-        """Where it runs as one of so many: the steps that are left, less those since it last
-        moved, and before its model is `loaded` the rest of a swap instead of the latter."""
+        """Where it runs as one of so many: what is left of its steps, and before its model is
+        `loaded`, when none of them is done, of the swap; both by the time since it last moved."""
         work = self.work_seconds(estimates)
         # As long as a worker that is well may be silent: one that hangs is not about to be done.
         since = min(now - self.moved_at, UNFOLLOWED_SECONDS)

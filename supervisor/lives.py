@@ -22,13 +22,7 @@ from supervisor.fleet import Fleet
 from supervisor.fork_server import ForkServer
 from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
-from supervisor.worker_process import (
-    COMMAND,
-    Exit,
-    Start,
-    WorkerProcess,
-    start_program,
-)
+from supervisor.worker_process import COMMAND, Exit, Start, WorkerProcess, start_program
 
 log = logging.getLogger(__name__)
 worker_log = logging.getLogger("worker")

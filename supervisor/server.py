@@ -67,10 +67,8 @@ class Server:
         settings: Settings,
         listening: list[socket.socket],
         command: Sequence[str] = COMMAND,
-        *,
-        forks: bool = True,
     ) -> None:
-        """`command` starts a worker; `forks`: or a fork server."""
+        """`command` starts a worker or, with `--fork-server`, what forks them."""
         self.settings = settings
         self._sockets = listening
         devices = devices_of(settings)
@@ -82,7 +80,7 @@ class Server:
         if settings.launch_checkpoint:
             launch = preparation.load(settings.launch_checkpoint, settings.launch_vae, "launch")
         self.fleet = Fleet(settings, devices, launch)
-        self._lives = Lives(self.fleet, self._start_message, command, forks=forks)
+        self._lives = Lives(self.fleet, self._start_message, command, forks=True)
         self._quota = Quota(settings.data_dir, settings.max_data_dir_bytes, self._paths_in_use)
         self._outbox = Outbox(settings.data_dir / "outbox.sqlite3")
         self._storage = Storage(settings.image_dir, self._quota)

@@ -115,11 +115,12 @@ class Worker:
         self.failed_starts = 0 if self.was_ready else self.failed_starts + 1
 
     def told(self, residency: messages.Residency, now: float) -> None:
-        """What it holds, and with that, whose model is there."""
+        """What it holds now. Jobs whose model has come to its device begin their steps."""
         before = self._loaded
         self.models, self.memory = residency.models, residency.memory
+        come = self._loaded - before
         for job in self.running.values():
-            if job.model in self._loaded - before:
+            if job.model in come:
                 job.moved_at = now
 
     def holds(self, path: str) -> bool:
