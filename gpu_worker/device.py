@@ -92,7 +92,7 @@ def quiet_libraries() -> None:
 def use_threads() -> None:
     """As many as the environment says; torch has read it already where this was forked."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdecimal():
+    if threads.isdecimal() and int(threads) > 0:
         torch.set_num_threads(int(threads))
 
 

@@ -9,6 +9,7 @@ a process is of no use to those that are forked from it.
 import gc
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from ipc.forking import DESCRIPTORS, MAX_ORDER_BYTES, NOBODY, READY, decode_orde
 Life = Callable[[int, int], NoReturn]
 """A worker's, in its own process: on the descriptors that it reads and writes messages on."""
 ORPHAN_POLL_SECONDS = 0.001
+NO_WORKER = 1
+"""How a worker's parent ends that has none."""
 
 
 def serve(orders: socket.socket, imports: Callable[[], None], life: Life) -> None:
@@ -28,6 +31,8 @@ def serve(orders: socket.socket, imports: Callable[[], None], life: Life) -> Non
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     gc.disable()
     imports()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or each worker would say it
     gc.freeze()  # so that no collection in a worker writes to the pages that all of them share
     orders.send(READY)
     while True:
@@ -41,18 +46,22 @@ def serve(orders: socket.socket, imports: Callable[[], None], life: Life) -> Non
 
 
 def _fork(order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life) -> bool:
-    """Whether there is a new worker; it answers the order itself."""
-    parent = os.fork()
+    """False when there will be no worker; one that there is answers the order itself."""
+    try:
+        parent = os.fork()
+    except OSError:
+        traceback.print_exc()
+        return False
     if parent == 0:
         _leave_orphan(order, descriptors, orders, life)
     _, status = os.waitpid(parent, 0)
-    return status == 0
+    return os.waitstatus_to_exitcode(status) != NO_WORKER
 
 
 def _leave_orphan(
     order: bytes, descriptors: Sequence[int], orders: socket.socket, life: Life
 ) -> NoReturn:
-    code = 1
+    code = NO_WORKER
     try:
         parent = os.getpid()
         if os.fork() == 0:

@@ -1,25 +1,26 @@
 """The fork server as the supervisor sees it: a process that forks workers in milliseconds.
 
-It is started before the first worker and again, after a pause, whenever it ends. Who finds none
-starts a worker as a program instead.
+It is started beside the first workers, which wait for it, and again, after a pause, whenever it
+ends. Who finds none starts a worker as a program instead.
 """
 
 import ctypes
 import logging
 import os
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 
 import anyio
 
 from ipc import forking
+from supervisor.logs import pass_on
 from supervisor.worker_process import Child, Ends, reap_strays, run_program, waited_for
 
 log = logging.getLogger(__name__)
-output_log = logging.getLogger("worker")
 
 PR_SET_CHILD_SUBREAPER = 36
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 5.0
 PAUSE_SECONDS = 30.0
 
 
@@ -35,7 +36,8 @@ class ForkServer:
         self._child: Child | None = None
         self._orders: socket.socket | None = None
         self._asking = anyio.Lock()
-        self.is_starting = True
+        self.is_preparing = True
+        """It is the first, and not known yet whether it can."""
 
     @property
     def is_ready(self) -> bool:
@@ -45,14 +47,13 @@ class ForkServer:
         """Until it is cancelled."""
         # Forked workers lose their parent on purpose, and are this process's children from then on.
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it cannot wait for children
         while True:
-            self.is_starting = True
             try:
-                reason = await self._one_life()
-            except OSError as error:
-                reason = f"could not be started: {error.strerror or type(error).__name__}"
-            self.is_starting = False
-            log.warning("no fork server", extra={"reason": reason})
+                log.warning("no fork server", extra={"reason": await self._one_life()})
+            except Exception:
+                log.exception("no fork server")
+            self.is_preparing = False
             await anyio.sleep(PAUSE_SECONDS)
 
     async def reap_strays(self) -> None:
@@ -68,17 +69,17 @@ class ForkServer:
         async with self._asking:
             if self._orders is None:
                 raise ConnectionError("there is no fork server")
+            socket.send_fds(self._orders, [order], descriptors)
             try:
                 with anyio.fail_after(ANSWER_SECONDS):
-                    socket.send_fds(self._orders, [order], descriptors)
-                    pid = int(await _received(self._orders) or forking.NOBODY)
+                    answer = await _received(self._orders)
             except BaseException:
                 self._give_up()  # its late answer would be taken for the next one's
                 raise
-            if pid == 0:
-                raise ConnectionError("the fork server cannot fork")
-            waited_for.add(pid)
-        return pid
+            if not answer.isdigit() or answer == forking.NOBODY:
+                raise ConnectionError("the fork server cannot fork" if answer else "it has ended")
+            waited_for.add(int(answer))
+        return int(answer)
 
     def _give_up(self) -> None:
         self._orders = None
@@ -113,21 +114,17 @@ class ForkServer:
 
     async def _until_exit(self, child: Child, orders: socket.socket) -> str:
         async with anyio.create_task_group() as group:
-            group.start_soon(self._print, child)
+            group.start_soon(pass_on, child.lines())
             group.start_soon(self._open, child, orders)
             exit = await child.wait()
             group.cancel_scope.cancel()
         return f"it {exit.in_words()}"
 
-    async def _print(self, child: Child) -> None:
-        async for line in child.lines():
-            output_log.info(line)
-
     async def _open(self, child: Child, orders: socket.socket) -> None:
         """Once it can fork."""
         with anyio.move_on_after(self._start_seconds):
             if await _received(orders) == forking.READY:
-                self.is_starting, self._orders = False, orders
+                self.is_preparing, self._orders = False, orders
                 return log.info("fork server ready")
         child.kill()
 

@@ -20,12 +20,12 @@ from supervisor import monitoring
 from supervisor.conversation import Conversation
 from supervisor.fleet import Fleet
 from supervisor.fork_server import ForkServer
+from supervisor.logs import pass_on
 from supervisor.states import LIVE_WORKER_STATES, WorkerState
 from supervisor.worker import Worker
-from supervisor.worker_process import COMMAND, Exit, Start, WorkerProcess, start_program
+from supervisor.worker_process import COMMAND, Exit, WorkerProcess, start_program
 
 log = logging.getLogger(__name__)
-worker_log = logging.getLogger("worker")
 
 TICK_SECONDS = 1.0
 """A deadline is noticed at most so late."""
@@ -33,7 +33,6 @@ POLL_SECONDS = 0.2
 FRAME_SECONDS = 30.0
 """A frame that has begun must be whole within this time."""
 LAST_WORDS_SECONDS = 1.0
-LINES_PER_SECOND = 100
 MEMORY_SECONDS = 20.0
 """How long a device may take to give back what a dead worker held there."""
 SECRET_VARIABLES = frozenset({"API_KEY", "HF_TOKEN", "WEBHOOK_SECRET", "WEBHOOK_AUTH_VALUE"})
@@ -96,11 +95,12 @@ class Lives:
         environ = environment(worker.device, self._environ, self._threads)
         if worker.device != "cpu":
             await self._memory_is_back(worker, environ["CUDA_VISIBLE_DEVICES"])
-        start = await self._way_to_start(worker)
+        while self._is_preparing and worker.state is WorkerState.STARTING:  # noqa: ASYNC110
+            await anyio.sleep(POLL_SECONDS)
         if worker.state is not WorkerState.STARTING:  # told to stop before there was a process
             return self._fleet.spawn_failed(worker, "it was told to stop")
         try:
-            process = await WorkerProcess.spawn(environ, self._codec, start)
+            process = await self._spawned(worker, environ)
         except OSError as error:
             return self._fleet.spawn_failed(worker, error.strerror or type(error).__name__)
         try:
@@ -110,15 +110,22 @@ class Lives:
                 await process.end()
         self._fleet.worker_exited(worker, exit)
 
-    async def _way_to_start(self, worker: Worker) -> Start:
-        """By the fork server where there is one, once it can; not after a start that failed, since
-        what was imported may be to blame."""
+    @property
+    def _is_preparing(self) -> bool:
+        return self._fork_server is not None and self._fork_server.is_preparing
+
+    async def _spawned(self, worker: Worker, environ: Mapping[str, str]) -> WorkerProcess:
+        """By the fork server where there is one; not after a start that failed, since what was
+        imported may be to blame. Raises OSError."""
         forks = self._fork_server
-        if forks is None or worker.failed_starts:
-            return partial(start_program, self._command)
-        while forks.is_starting and worker.state is WorkerState.STARTING:  # noqa: ASYNC110
-            await anyio.sleep(POLL_SECONDS)
-        return forks.fork if forks.is_ready else partial(start_program, self._command)
+        if forks is not None and forks.is_ready and not worker.failed_starts:
+            try:
+                return await WorkerProcess.spawn(environ, self._codec, forks.fork)
+            except OSError as error:
+                reason = str(error) or type(error).__name__
+                log.warning("cannot fork", extra={"worker": worker.id, "reason": reason})
+        start = partial(start_program, self._command)
+        return await WorkerProcess.spawn(environ, self._codec, start)
 
     async def _until_exit(self, worker: Worker, process: WorkerProcess) -> Exit:
         received = partial(self._fleet.received, worker)
@@ -154,16 +161,7 @@ class Lives:
             log.warning("device memory is still held", extra={"worker": worker.id})
 
     async def _print(self, worker: Worker, process: WorkerProcess, printed: anyio.Event) -> None:
-        """Into the log, but no more than the loop can bear: what a worker prints has no limit."""
-        left, until = LINES_PER_SECOND, 0.0
-        async for line in process.lines():
-            if anyio.current_time() >= until:
-                if left < 0:
-                    worker_log.warning("%d lines left out", -left, extra={"worker": worker.id})
-                left, until = LINES_PER_SECOND, anyio.current_time() + 1
-            left -= 1
-            if left >= 0:
-                worker_log.info(line, extra={"worker": worker.id})
+        await pass_on(process.lines(), worker=worker.id)
         printed.set()
 
     def _say(self, worker: Worker, conversation: Conversation, message: Any) -> None:

@@ -1,4 +1,4 @@
-"""Starts, signals and reaps ONE child process; the only user of the system's calls for that.
+"""Starts, signals and reaps ONE child process; the only user of subprocesses.
 
 The child leads a session of its own, so that a signal to its group reaches
 whatever it started. What it prints is drained line by line into the log.
@@ -7,6 +7,7 @@ whatever it started. What it prints is drained line by line into the log.
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,10 @@ class Exit(msgspec.Struct, frozen=True):
             return f"was ended by {signal.Signals(-self.code).name}"
         except ValueError:
             return f"was ended by signal {-self.code}"
+
+
+UNKNOWN = Exit(255)
+"""Somebody else has reaped the process."""
 
 
 class Ends(NamedTuple):
@@ -93,17 +98,20 @@ class Child:
 
     async def wait(self) -> Exit:
         """Reaps the process when it has ended, and ends what is left of its group."""
-        with suppress(OSError):  # no such descriptors here, or reaped already
-            descriptor = os.pidfd_open(self.pid)
-            try:
-                await anyio.wait_readable(descriptor)
-            finally:
-                os.close(descriptor)
+        if self._exit is None:
+            with suppress(OSError):  # no such descriptors here, or reaped already
+                descriptor = os.pidfd_open(self.pid)
+                try:
+                    await anyio.wait_readable(descriptor)
+                finally:
+                    os.close(descriptor)
         while self._exit is None:
-            self._exit = _reaped(self.pid)
+            try:
+                self._exit = _reaped(self.pid)
+            except ChildProcessError:
+                self._exit = UNKNOWN
             if self._exit is None:
                 await anyio.sleep(REAP_POLL_SECONDS)
-        waited_for.discard(self.pid)
         self.kill()
         self._group_ended = True  # from now on the number may be somebody else's
         return self._exit
@@ -114,6 +122,7 @@ class Child:
         with anyio.move_on_after(REAP_SECONDS):
             await self.wait()
             await self._reap_group()
+        waited_for.discard(self.pid)
         os.close(self._output)
 
     async def _reap_group(self) -> None:
@@ -144,8 +153,8 @@ class WorkerProcess(Child):
     async def spawn(
         cls, environ: Mapping[str, str], codec: Codec[ToWorker, FromWorker], start: Start
     ) -> "WorkerProcess":
-        """Called on the main thread: parent-death signals follow the spawning thread. Raises
-        OSError."""
+        """Called on the main thread: a program's parent-death signal follows the thread that
+        started it. Raises OSError."""
         child_reads, we_write, we_read, child_writes, we_hear, child_prints = _pipes(3)
         with suppress(OSError):  # a larger pipe means fewer wake-ups, no more
             _enlarge(we_write)
@@ -176,18 +185,23 @@ async def start_program(command: Sequence[str], environ: Mapping[str, str], ends
 def run_program(
     command: Sequence[str], environ: Mapping[str, str], passed: Sequence[int], output: int
 ) -> int:
-    """The id of a new process, which has the descriptors `passed` too. Raises OSError."""
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-        (os.POSIX_SPAWN_DUP2, output, 1),
-        (os.POSIX_SPAWN_DUP2, output, 2),
-        *((os.POSIX_SPAWN_DUP2, each, each) for each in passed),  # which leaves them open
-    ]
-    return os.posix_spawn(command[0], [*command], environ, file_actions=actions, setsid=True)
+    """The id of a new process, which has no descriptors but its output and `passed`. Raises
+    OSError."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=environ,
+        start_new_session=True,
+        pass_fds=passed,
+    )
+    process.returncode = 0  # it is a Child that reaps it
+    return process.pid
 
 
 def reap_strays() -> None:
-    """What workers have started and left behind in groups of its own becomes ours, where we are a
+    """What workers have started and left behind in groups of their own becomes ours, where we are a
     subreaper, and is nobody's when it ends."""
     with suppress(ChildProcessError):
         look = os.WEXITED | os.WNOHANG | os.WNOWAIT

@@ -44,6 +44,39 @@ def test_a_worker_is_the_supervisors_own_child_and_leads_a_group(
         assert len(fork_servers(server)) == 1
 
 
+def sockets_of(pid: int) -> int:
+    places = [f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd")]
+    return sum(os.readlink(place).startswith("socket:") for place in places)
+
+
+def test_workers_have_no_descriptors_of_the_server(tmp_path: Path, models: Path) -> None:
+    """One that listened would keep the port after the server's death."""
+    with running(tmp_path, SCRIPTED, MODEL_DIR=str(models)) as server:
+        (forks,) = fork_servers(server)
+        forked = server.placement()[0]["pid"]
+        assert (sockets_of(forks.pid), sockets_of(forked)) == (1, 0)
+        forks.kill()
+        os.kill(forked, signal.SIGKILL)
+        wait_until(lambda: server.placement()[0]["pid"] not in (None, forked))
+        server.until_ready()
+        program = server.placement()[0]["pid"]
+        assert (is_forked(program), sockets_of(program)) == (False, 0)
+
+
+def test_a_fork_server_that_hangs_is_not_waited_for_twice(tmp_path: Path, models: Path) -> None:
+    """Its worker is started as a program, and it is replaced."""
+    with running(tmp_path, SCRIPTED, MODEL_DIR=str(models)) as server:
+        (forks,) = fork_servers(server)
+        before = server.placement()[0]["pid"]
+        forks.suspend()
+        os.kill(before, signal.SIGKILL)
+        wait_until(lambda: server.placement()[0]["pid"] not in (None, before))
+        server.until_ready()
+        worker = server.placement()[0]
+        assert (is_forked(worker["pid"]), worker["restarts"]) == (False, 1)
+        assert not forks.is_running() or forks.status() == psutil.STATUS_ZOMBIE
+
+
 def test_workers_outlive_the_fork_server_and_are_replaced_without_it(
     tmp_path: Path, models: Path
 ) -> None:
@@ -91,7 +124,7 @@ def life_of(script: str, start_seconds: float = 20.0) -> tuple[bool, list[str]]:
         server = ForkServer((sys.executable, "-c", script), dict(os.environ), start_seconds)
         async with anyio.create_task_group() as group:
             group.start_soon(server.run)
-            while server.is_starting:  # noqa: ASYNC110 - nothing tells of it
+            while server.is_preparing:  # noqa: ASYNC110 - nothing tells of it
                 await anyio.sleep(0.01)
             was_ready = server.is_ready
             for _ in range(2):
@@ -125,7 +158,7 @@ def test_a_program_that_is_not_there_is_no_fork_server() -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(server.run)
             with anyio.fail_after(5):
-                while server.is_starting:  # noqa: ASYNC110 - nothing tells of it
+                while server.is_preparing:  # noqa: ASYNC110 - nothing tells of it
                     await anyio.sleep(0.01)
             assert not server.is_ready
             group.cancel_scope.cancel()
@@ -133,9 +166,13 @@ def test_a_program_that_is_not_there_is_no_fork_server() -> None:
     anyio.run(run)
 
 
-STRAY = """if True:
-    import ctypes, os, sys, time
-    from supervisor.worker_process import reap_strays
+STRAYS = """if True:
+    import ctypes, os
+    from supervisor.worker_process import reap_strays, waited_for
+
+    def ended():
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     child = os.fork()
     if child == 0:
@@ -143,15 +180,23 @@ STRAY = """if True:
             os.setsid()
         os._exit(0)
     os.waitpid(child, 0)
-    time.sleep(0.2)
+    ended()
     reap_strays()
     try:
         print(os.waitpid(-1, os.WNOHANG))
     except ChildProcessError:
         print("none is left")
+
+    child = os.fork()
+    if child == 0:
+        os._exit(3)
+    waited_for.add(child)
+    ended()
+    reap_strays()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_what_a_worker_leaves_in_another_group_is_reaped() -> None:
-    done = subprocess.run([sys.executable, "-c", STRAY], capture_output=True, text=True)
-    assert done.stdout == "none is left\n", done.stderr
+def test_what_a_worker_leaves_in_another_group_is_reaped_and_nothing_else() -> None:
+    done = subprocess.run([sys.executable, "-c", STRAYS], capture_output=True, text=True)
+    assert done.stdout == "none is left\n3\n", done.stderr

@@ -233,7 +233,7 @@ def test_a_swap_counts_until_it_is_over() -> None:
     assert left(one, 2.0, loaded=False) == 4.5
 
 
-def test_who_follows_a_swap_waits_for_it_too() -> None:
+def test_no_step_of_who_follows_a_swap_is_done_before_it_is_over() -> None:
     one = job()
     one.dispatched(3, 1.0, swaps=False)
     assert left(one, 2.0, loaded=False) == 5
