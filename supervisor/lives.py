@@ -79,17 +79,21 @@ class Lives:
     async def _tick(self) -> None:
         while True:
             await anyio.sleep(TICK_SECONDS)
-            try:
-                self._fleet.ticked()
-            except Exception:  # a defect must not take every worker with it
-                log.exception("cannot look after the workers")
+            self._look_after_workers()
+
+    def _look_after_workers(self) -> None:
+        try:
+            self._fleet.ticked()
+        except Exception:  # a defect must not take every worker with it
+            log.exception("cannot look after the workers")
 
     async def _live(self, worker: Worker) -> None:
         while worker.state is not WorkerState.STOPPED:
             if worker.state in LIVE_WORKER_STATES:
                 await self._one_life(worker)
-            else:  # between two lives; the fleet's next tick may end the wait
+            else:  # between two lives, which are to be no further apart than they must
                 await anyio.sleep(POLL_SECONDS)
+                self._look_after_workers()
 
     async def _one_life(self, worker: Worker) -> None:
         environ = environment(worker.device, self._environ, self._threads)
