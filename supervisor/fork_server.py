@@ -15,7 +15,7 @@ import anyio
 
 from ipc import forking
 from supervisor.logs import pass_on
-from supervisor.worker_process import Child, Ends, reap_strays, run_program, waited_for
+from supervisor.worker_process import Child, Ends, reap_strays, start_child, waited_for
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class ForkServer:
         while True:
             try:
                 log.warning("no fork server", extra={"reason": await self._one_life()})
-            except Exception:
+            except Exception:  # a defect must not take every worker with it
                 log.exception("no fork server")
             self.is_preparing = False
             await anyio.sleep(PAUSE_SECONDS)
@@ -65,11 +65,11 @@ class ForkServer:
 
     async def fork(self, environ: Mapping[str, str], ends: Ends) -> int:
         """A new worker's process id. Raises OSError."""
-        order, descriptors = forking.encode_order(environ), [ends.reads, ends.writes, ends.output]
+        order = forking.encode_order(environ)
         async with self._asking:
             if self._orders is None:
                 raise ConnectionError("there is no fork server")
-            socket.send_fds(self._orders, [order], descriptors)
+            socket.send_fds(self._orders, [order], ends)
             try:
                 with anyio.fail_after(ANSWER_SECONDS):
                     answer = await _received(self._orders)
@@ -92,25 +92,16 @@ class ForkServer:
         with ours:
             ours.setblocking(False)
             with theirs:
-                self._child = child = self._started(theirs.fileno())
+                orders = theirs.fileno()
+                arguments = ("--fork-server", str(orders), "--parent", str(os.getpid()))
+                child = start_child([*self._command, *arguments], self._environ, (orders,))
+            self._child = child
             try:
                 return await self._until_exit(child, ours)
             finally:
                 self._orders = self._child = None
                 with anyio.CancelScope(shield=True):
                     await child.end()
-
-    def _started(self, orders: int) -> Child:
-        arguments = ("--fork-server", str(orders), "--parent", str(os.getpid()))
-        reads, output = os.pipe()
-        try:
-            pid = run_program([*self._command, *arguments], self._environ, (orders,), output)
-        except OSError:
-            os.close(reads)
-            raise
-        finally:
-            os.close(output)
-        return Child(pid, reads)
 
     async def _until_exit(self, child: Child, orders: socket.socket) -> str:
         async with anyio.create_task_group() as group:

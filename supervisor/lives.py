@@ -93,13 +93,14 @@ class Lives:
                 await self._one_life(worker)
             else:  # between two lives, which are to be no further apart than they must
                 await anyio.sleep(POLL_SECONDS)
-                self._look_after_workers()
+                if worker.state is WorkerState.BACKING_OFF:
+                    self._look_after_workers()
 
     async def _one_life(self, worker: Worker) -> None:
         environ = environment(worker.device, self._environ, self._threads)
         if worker.device != "cpu":
             await self._memory_is_back(worker, environ["CUDA_VISIBLE_DEVICES"])
-        while self._is_preparing and worker.state is WorkerState.STARTING:  # noqa: ASYNC110
+        while self._is_preparing and worker.state is WorkerState.STARTING:  # noqa: ASYNC110 - two owners
             await anyio.sleep(POLL_SECONDS)
         if worker.state is not WorkerState.STARTING:  # told to stop before there was a process
             return self._fleet.spawn_failed(worker, "it was told to stop")

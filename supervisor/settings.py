@@ -287,7 +287,7 @@ VARIABLES = (
     Variable("MAX_IMAGE_PIXELS", "max_image_pixels", _integer(4096, 1_000_000_000),
              "a number of pixels from 4096", "The largest picture, in or out.", "16000000"),
     Variable("START_TIMEOUT_SECONDS", "start_timeout_seconds", _seconds, "seconds",
-             "A worker that takes longer to start is replaced.", "300"),
+             "A worker, or what forks workers, is replaced when its start takes longer.", "300"),
     Variable("LOAD_TIMEOUT_SECONDS", "load_timeout_seconds", _seconds, "seconds",
              "A worker that takes longer to load a model is replaced.", "600"),
     Variable("STEP_TIMEOUT_SECONDS", "step_timeout_seconds", _seconds, "seconds",

@@ -98,13 +98,14 @@ class Child:
 
     async def wait(self) -> Exit:
         """Reaps the process when it has ended, and ends what is left of its group."""
-        if self._exit is None:
-            with suppress(OSError):  # no such descriptors here, or reaped already
-                descriptor = os.pidfd_open(self.pid)
-                try:
-                    await anyio.wait_readable(descriptor)
-                finally:
-                    os.close(descriptor)
+        if self._exit is not None:
+            return self._exit
+        with suppress(OSError):  # no such descriptors here, or reaped already
+            descriptor = os.pidfd_open(self.pid)
+            try:
+                await anyio.wait_readable(descriptor)
+            finally:
+                os.close(descriptor)
         while self._exit is None:
             try:
                 self._exit = _reaped(self.pid)
@@ -179,10 +180,22 @@ async def start_program(command: Sequence[str], environ: Mapping[str, str], ends
     arguments = ("--read-fd", str(ends.reads), "--write-fd", str(ends.writes))
     parent = ("--parent", str(os.getpid()))
     passed = (ends.reads, ends.writes)
-    return run_program([*command, *arguments, *parent], environ, passed, ends.output)
+    return _run([*command, *arguments, *parent], environ, passed, ends.output)
 
 
-def run_program(
+def start_child(command: Sequence[str], environ: Mapping[str, str], passed: Sequence[int]) -> Child:
+    """A program that has the descriptors `passed` and is no worker. Raises OSError."""
+    we_hear, child_prints = _pipes(1)
+    try:
+        return Child(_run(command, environ, passed, child_prints), we_hear)
+    except OSError:
+        _close(we_hear)
+        raise
+    finally:
+        _close(child_prints)
+
+
+def _run(
     command: Sequence[str], environ: Mapping[str, str], passed: Sequence[int], output: int
 ) -> int:
     """The id of a new process, which has no descriptors but its output and `passed`. Raises

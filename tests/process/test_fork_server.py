@@ -31,6 +31,14 @@ def is_forked(pid: int) -> bool:
     return "--fork-server" in psutil.Process(pid).cmdline()
 
 
+def replaced(server: RunningServer, pid: int) -> int:
+    """Kills a server's one worker and returns its successor's process id, once that is ready."""
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: server.placement()[0]["pid"] not in (None, pid))
+    server.until_ready()
+    return int(server.placement()[0]["pid"])
+
+
 def test_a_worker_is_the_supervisors_own_child_and_leads_a_group(
     tmp_path: Path, models: Path
 ) -> None:
@@ -56,24 +64,17 @@ def test_workers_have_no_descriptors_of_the_server(tmp_path: Path, models: Path)
         forked = server.placement()[0]["pid"]
         assert (sockets_of(forks.pid), sockets_of(forked)) == (1, 0)
         forks.kill()
-        os.kill(forked, signal.SIGKILL)
-        wait_until(lambda: server.placement()[0]["pid"] not in (None, forked))
-        server.until_ready()
-        program = server.placement()[0]["pid"]
-        assert (is_forked(program), sockets_of(program)) == (False, 0)
+        successor = replaced(server, forked)
+        assert (is_forked(successor), sockets_of(successor)) == (False, 0)
 
 
 def test_a_fork_server_that_hangs_is_not_waited_for_twice(tmp_path: Path, models: Path) -> None:
     """Its worker is started as a program, and it is replaced."""
     with running(tmp_path, SCRIPTED, MODEL_DIR=str(models)) as server:
         (forks,) = fork_servers(server)
-        before = server.placement()[0]["pid"]
         forks.suspend()
-        os.kill(before, signal.SIGKILL)
-        wait_until(lambda: server.placement()[0]["pid"] not in (None, before))
-        server.until_ready()
-        worker = server.placement()[0]
-        assert (is_forked(worker["pid"]), worker["restarts"]) == (False, 1)
+        successor = replaced(server, server.placement()[0]["pid"])
+        assert (is_forked(successor), server.placement()[0]["restarts"]) == (False, 1)
         assert not forks.is_running() or forks.status() == psutil.STATUS_ZOMBIE
 
 
@@ -86,10 +87,7 @@ def test_workers_outlive_the_fork_server_and_are_replaced_without_it(
         wait_until(lambda: not fork_servers(server))
         assert server.generate(body()).status_code == 200
         assert server.placement()[0]["pid"] == before
-        os.kill(before, signal.SIGKILL)
-        wait_until(lambda: server.placement()[0]["pid"] not in (None, before))
-        server.until_ready()
-        assert not is_forked(server.placement()[0]["pid"])
+        assert not is_forked(replaced(server, before))
         assert server.generate(body()).status_code == 200
 
 
@@ -116,12 +114,16 @@ LATER_SAYS_NOTHING = """if True:
 """
 
 
-def life_of(script: str, start_seconds: float = 20.0) -> tuple[bool, list[str]]:
+def program(script: str) -> tuple[str, ...]:
+    return sys.executable, "-c", script
+
+
+def life_of(command: tuple[str, ...], start_seconds: float = 20.0) -> tuple[bool, list[str]]:
     """Whether the program could be asked to fork, and what became of that."""
     came_of_it: list[str] = []
 
     async def run() -> bool:
-        server = ForkServer((sys.executable, "-c", script), dict(os.environ), start_seconds)
+        server = ForkServer(command, dict(os.environ), start_seconds)
         async with anyio.create_task_group() as group:
             group.start_soon(server.run)
             while server.is_preparing:  # noqa: ASYNC110 - nothing tells of it
@@ -142,28 +144,19 @@ def life_of(script: str, start_seconds: float = 20.0) -> tuple[bool, list[str]]:
     return anyio.run(limited), came_of_it
 
 
-@pytest.mark.parametrize(("script", "start_seconds"), [("", 20.0), (SAYS_NOTHING, 0.5)])
-def test_one_that_ends_or_takes_too_long_is_not_asked(script: str, start_seconds: float) -> None:
-    assert life_of(script, start_seconds) == (False, ["ConnectionError"] * 2)
+@pytest.mark.parametrize(
+    ("command", "start_seconds"),
+    [(program(""), 20.0), (program(SAYS_NOTHING), 0.5), (("/no/such/program",), 20.0)],
+)
+def test_one_that_ends_or_takes_too_long_or_is_not_there_is_not_asked(
+    command: tuple[str, ...], start_seconds: float
+) -> None:
+    assert life_of(command, start_seconds) == (False, ["ConnectionError"] * 2)
 
 
 def test_one_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fork_server, "ANSWER_SECONDS", 0.2)
-    assert life_of(LATER_SAYS_NOTHING) == (True, ["TimeoutError", "ConnectionError"])
-
-
-def test_a_program_that_is_not_there_is_no_fork_server() -> None:
-    async def run() -> None:
-        server = ForkServer(("/no/such/program",), {}, 20.0)
-        async with anyio.create_task_group() as group:
-            group.start_soon(server.run)
-            with anyio.fail_after(5):
-                while server.is_preparing:  # noqa: ASYNC110 - nothing tells of it
-                    await anyio.sleep(0.01)
-            assert not server.is_ready
-            group.cancel_scope.cancel()
-
-    anyio.run(run)
+    assert life_of(program(LATER_SAYS_NOTHING)) == (True, ["TimeoutError", "ConnectionError"])
 
 
 STRAYS = """if True:
