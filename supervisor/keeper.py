@@ -48,8 +48,8 @@ class Keeper(Observer):
         self._storage = storage
         self._deliverer = deliverer
         self._quota = quota
-        told = [webhooks.endpoint(settings, kind) for kind in ("image.stored", "image.generated")]
-        self._tells_of_pictures = any(told)
+        self._tells_of_pictures = _is_told(settings, "image.stored", "image.generated")
+        self._tells_of_models = _is_told(settings, "model.loaded", "model.unloaded")
         self._changes, self._changed = anyio.create_memory_object_stream[Change](float("inf"))
 
     async def reserve(self, batch_id: str, store: bool) -> None:
@@ -137,7 +137,8 @@ class Keeper(Observer):
         loaded: list[messages.Resident],
         unloaded: list[messages.Resident],
     ) -> None:
-        self._changes.send_nowait(Change(worker.id, time.time(), loaded, unloaded))
+        if self._tells_of_models or self._quota.limit_bytes:  # as with pictures
+            self._changes.send_nowait(Change(worker.id, time.time(), loaded, unloaded))
 
     async def run(self) -> None:
         """Tells of models until it is cancelled."""
@@ -170,6 +171,11 @@ class Keeper(Observer):
                 await self._deliverer.put(events)
         except Problem as problem:  # a full disk; what happened has happened all the same
             log.error("cannot tell webhooks", extra={"reason": problem.detail})
+
+
+def _is_told(settings: Settings, *events: str) -> bool:
+    """Whether somebody hears of any of them."""
+    return any(webhooks.endpoint(settings, event) for event in events)
 
 
 def _name(record: Record, index: int) -> str:

@@ -6,6 +6,7 @@ Knows when things happen and tells the fleet; decides nothing itself.
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from supervisor.worker_process import COMMAND, Exit, WorkerProcess, start_progra
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
 """A deadline is noticed at most so late."""
 POLL_SECONDS = 0.2
 FRAME_SECONDS = 30.0
@@ -66,8 +67,9 @@ class Lives:
 
     async def run(self) -> None:
         """Returns when every worker is stopped."""
+        later = asyncio.get_running_loop().call_later
+        self._next_look = later(LOOK_SECONDS, self._look_after_workers)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._tick)
             if self._fork_server is not None:
                 group.start_soon(self._fork_server.run)
                 group.start_soon(self._fork_server.reap_strays)
@@ -75,17 +77,23 @@ class Lives:
                 for worker in self._fleet.workers.values():
                     workers.start_soon(self._live, worker)
             group.cancel_scope.cancel()
-
-    async def _tick(self) -> None:
-        while True:
-            await anyio.sleep(TICK_SECONDS)
-            self._look_after_workers()
+        self._next_look.cancel()
 
     def _look_after_workers(self) -> None:
+        """Now, and again in LOOK_SECONDS or with a message that comes in their second half: to be
+        woken up costs more than to look."""
+        self._next_look.cancel()
+        later = asyncio.get_running_loop().call_later
+        self._next_look = later(LOOK_SECONDS, self._look_after_workers)
         try:
             self._fleet.ticked()
         except Exception:  # a defect must not take every worker with it
             log.exception("cannot look after the workers")
+
+    def _received(self, worker: Worker, message: messages.FromWorker) -> None:
+        self._fleet.received(worker, message)
+        if self._next_look.when() - time.monotonic() < LOOK_SECONDS / 2:
+            self._look_after_workers()
 
     async def _live(self, worker: Worker) -> None:
         while worker.state is not WorkerState.STOPPED:
@@ -133,7 +141,7 @@ class Lives:
         return await WorkerProcess.spawn(environ, self._codec, start)
 
     async def _until_exit(self, worker: Worker, process: WorkerProcess) -> Exit:
-        received = partial(self._fleet.received, worker)
+        received = partial(self._received, worker)
         with Conversation(process.channel, received, FRAME_SECONDS) as conversation:
             self._fleet.worker_spawned(worker, process, partial(self._say, worker, conversation))
             conversation.say(self._begin(worker))
