@@ -137,7 +137,8 @@ class Keeper(Observer):
         loaded: list[messages.Resident],
         unloaded: list[messages.Resident],
     ) -> None:
-        if self._tells_of_models or self._quota.limit_bytes:  # as with pictures
+        # Else nobody hears of it, and nothing is evicted by when it was used last.
+        if self._tells_of_models or self._quota.limit_bytes:
             self._changes.send_nowait(Change(worker.id, time.time(), loaded, unloaded))
 
     async def run(self) -> None:

@@ -6,7 +6,6 @@ Knows when things happen and tells the fleet; decides nothing itself.
 import asyncio
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -67,24 +66,28 @@ class Lives:
 
     async def run(self) -> None:
         """Returns when every worker is stopped."""
+        self._look_later()
+        try:
+            async with anyio.create_task_group() as group:
+                if self._fork_server is not None:
+                    group.start_soon(self._fork_server.run)
+                    group.start_soon(self._fork_server.reap_strays)
+                async with anyio.create_task_group() as workers:
+                    for worker in self._fleet.workers.values():
+                        workers.start_soon(self._live, worker)
+                group.cancel_scope.cancel()
+        finally:
+            self._next_look.cancel()
+
+    def _look_later(self) -> None:
+        """In LOOK_SECONDS, or with a message that comes in their second half: to be woken up costs
+        more than to look."""
         later = asyncio.get_running_loop().call_later
         self._next_look = later(LOOK_SECONDS, self._look_after_workers)
-        async with anyio.create_task_group() as group:
-            if self._fork_server is not None:
-                group.start_soon(self._fork_server.run)
-                group.start_soon(self._fork_server.reap_strays)
-            async with anyio.create_task_group() as workers:
-                for worker in self._fleet.workers.values():
-                    workers.start_soon(self._live, worker)
-            group.cancel_scope.cancel()
-        self._next_look.cancel()
 
     def _look_after_workers(self) -> None:
-        """Now, and again in LOOK_SECONDS or with a message that comes in their second half: to be
-        woken up costs more than to look."""
         self._next_look.cancel()
-        later = asyncio.get_running_loop().call_later
-        self._next_look = later(LOOK_SECONDS, self._look_after_workers)
+        self._look_later()
         try:
             self._fleet.ticked()
         except Exception:  # a defect must not take every worker with it
@@ -92,7 +95,7 @@ class Lives:
 
     def _received(self, worker: Worker, message: messages.FromWorker) -> None:
         self._fleet.received(worker, message)
-        if self._next_look.when() - time.monotonic() < LOOK_SECONDS / 2:
+        if self._next_look.when() - anyio.current_time() < LOOK_SECONDS / 2:
             self._look_after_workers()
 
     async def _live(self, worker: Worker) -> None:
